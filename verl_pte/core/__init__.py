@@ -1,0 +1,3 @@
+"""The method: schedule, thought encoder, state-modulated LoRA, bounded cache, and the oracle they are checked
+against.
+"""

@@ -1,0 +1,187 @@
+"""The PTE tuner: puts adapters on a decoder's linears and a thought encoder into each decoder layer.
+
+The state reaches the linears through a forward pre-hook on the decoder layer: it asks the call's `ThoughtCache` for
+the layer's state (which applies a pending eviction) and lends it to the layer's `PTELinear`s until the layer's
+forward ends. It runs inside the layer's own forward because that is where FSDP has gathered the layer's parameters.
+Without a `ThoughtCache` (a plain ``model(input_ids)``) nothing is ever evicted, and the initial state holds: the
+full-cache result.
+
+Left out: more than one PTE adapter on a model, and merging (refused, see layer.py).
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from verl_pte.config import PTEConfig
+from verl_pte.core.cache import ThoughtCache
+from verl_pte.peft.layer import MERGE_REFUSED, PTELinear, ThoughtEncoderLayer
+
+ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
+_ATTENTION = ("sdpa", "eager")
+
+
+class PTEModel(BaseTuner):
+    """Base model with PTE adapters; made by ``get_peft_model(model, PTEConfig(...))``."""
+
+    prefix = "pte_"
+    tuner_layer_cls = (PTELinear, ThoughtEncoderLayer)
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _check_new_adapter_config(self, config: PTEConfig) -> None:
+        if len(self.peft_config) > 1:
+            raise ValueError(
+                f"the model already has a PTE adapter ({', '.join(self.peft_config)}): one a model is supported"
+            )
+
+    def _prepare_model(self, peft_config: PTEConfig, model: nn.Module) -> None:
+        _check_base(model, peft_config)
+
+    def _create_and_replace(
+        self,
+        peft_config: PTEConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if not isinstance(target, nn.Linear):
+            raise ValueError(
+                f"target_modules names {current_key!r}, a {type(target).__name__}: only nn.Linear can be adapted"
+            )
+        if ".layers." not in f".{current_key}":
+            raise ValueError(f"target_modules names {current_key!r}: only linears inside decoder layers can be adapted")
+        self._replace_module(parent, target_name, PTELinear(target, adapter_name, peft_config), target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Wrap the target linears, then give every decoder layer its encoder and its hooks."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        kv_dim = model.config.num_key_value_heads * _head_dim(model.config)
+        for index, layer in enumerate(decoder_layers(model)):
+            if not config.freeze_state:
+                like = next(m for m in layer.modules() if isinstance(m, nn.Linear))
+                layer.thought_encoder = ThoughtEncoderLayer(kv_dim, adapter_name, config, like)
+            _install_hooks(layer, index)
+        # PEFT keeps adapters of a half-precision base in float32; the encoders come after it has done so.
+        self._cast_adapter_dtype(adapter_name, kwargs.get("autocast_adapter_dtype", True))
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused with the reason (ValueError)."""
+        raise ValueError(MERGE_REFUSED)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused with the reason (ValueError)."""
+        raise ValueError(MERGE_REFUSED)
+
+    def unload(self) -> nn.Module:
+        """Take the adapters off and return the base model."""
+        for layer in decoder_layers(self.model):
+            for handle in layer.__dict__.pop("_pte_hooks", ()):
+                handle.remove()
+            if hasattr(layer, "thought_encoder"):
+                del layer.thought_encoder
+        return super().unload()
+
+
+def attach(model: PreTrainedModel, config: PTEConfig) -> PeftModel:
+    """Freeze `model` and put a trainable PTE adapter on it; ``lora_B`` is zero, so it starts as the base model.
+
+    Raises ValueError for unsupported architectures, attention implementations and target modules.
+    """
+    _check_base(model, config)  # before PEFT's own, less direct complaints
+    return get_peft_model(model, config)
+
+
+def pte_tuner(model: nn.Module) -> PTEModel:
+    """The tuner inside an attached model (a PeftModel, or one wrapped further). Raises ValueError if there is none."""
+    for module in model.modules():
+        if isinstance(module, PTEModel):
+            return module
+    raise ValueError(f"{type(model).__name__} has no PTE adapter: call verl_pte.attach(model, PTEConfig(...)) first")
+
+
+def pte_config(model: nn.Module) -> PTEConfig:
+    """The PTEConfig an attached model was made with."""
+    (config,) = pte_tuner(model).peft_config.values()
+    return config
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder layers of a transformers causal LM (unwrapped, or within its tuner)."""
+    inner = model.model
+    while not isinstance(getattr(inner, "layers", None), nn.ModuleList):
+        inner = inner.model
+    return inner.layers
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _check_base(model: nn.Module, config: PTEConfig) -> None:
+    model_config = getattr(model, "config", None)
+    kind = getattr(model_config, "model_type", type(model).__name__)
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"model_type={kind!r}: PTE supports {', '.join(ARCHITECTURES)}")
+    layer_types = getattr(model_config, "layer_types", None) or ()
+    if "sliding_attention" in layer_types or (kind == "mistral" and model_config.sliding_window is not None):
+        raise ValueError(
+            f"sliding_window={model_config.sliding_window}: the base model's own sliding window "
+            "would be lost under PTE's; where sequences never exceed it, load the model with sliding_window=None"
+        )
+    attention = model_config._attn_implementation
+    if attention not in _ATTENTION:
+        raise ValueError(
+            f"attn_implementation={attention!r}: PTE passes a 4D mask, which needs one of {', '.join(_ATTENTION)}; "
+            "load the model with attn_implementation='sdpa'"
+        )
+    if isinstance(config.target_modules, set):
+        linears = {n.rpartition(".")[2] for n, m in decoder_layers(model).named_modules() if isinstance(m, nn.Linear)}
+        unknown = sorted(t for t in config.target_modules if t.rpartition(".")[2] not in linears)
+        if unknown:
+            raise ValueError(
+                f"target_modules={unknown}: no such linear in a {kind} decoder layer, which has {sorted(linears)}"
+            )
+
+
+def _install_hooks(layer: nn.Module, index: int) -> None:
+    linears = [m for m in layer.modules() if isinstance(m, PTELinear)]
+    parameters = list(inspect.signature(layer.forward).parameters)
+
+    def lend_state(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        call = dict(zip(parameters, args, strict=False)) | kwargs
+        state_BRR = _state(module, index, call["hidden_states"], call.get("past_key_values"))
+        for linear in linears:
+            linear.state_BRR = state_BRR
+
+    def take_back(module: nn.Module, args: tuple, output: Any) -> None:
+        for linear in linears:
+            linear.state_BRR = None  # a state kept here would keep its whole graph alive
+
+    layer._pte_hooks = (
+        layer.register_forward_pre_hook(lend_state, with_kwargs=True),
+        layer.register_forward_hook(take_back, always_call=True),
+    )
+
+
+def _state(layer: nn.Module, index: int, hidden_states: Tensor, cache: Any) -> Tensor | None:
+    holder = getattr(layer, "thought_encoder", None)
+    encoder = None if holder is None else holder.encoder
+    if encoder is None:
+        return None
+    if isinstance(cache, ThoughtCache):
+        state_BRR = cache.thought_state(index, encoder)
+    else:
+        state_BRR = encoder.initial_state(hidden_states.shape[0])
+    if torch.is_grad_enabled():
+        # Ranks of FSDP reduce the same gradients only if every parameter has one, also where nothing was evicted.
+        state_BRR = state_BRR + 0.0 * sum(p.sum() for p in encoder.parameters())
+    return state_BRR
