@@ -1,8 +1,8 @@
 """State-modulated LoRA: a low-rank update whose middle is the sequence's thought state.
 
-``delta(x) = (alpha / r) * lora_B(S (lora_A x))`` (paper: Delta W = A S B; its A is ``lora_B`` here and its B
-``lora_A``, as in PEFT). With S the identity it is plain LoRA. Left out: the base linear it is added to (peft/layer.py) and where S
-comes from (encoder.py, cache.py).
+``delta(x) = (alpha / r) * lora_B(S (lora_A x))``. The paper writes Delta W = A S B; its A is ``lora_B`` here and its B
+``lora_A``, as in PEFT. With S the identity it is plain LoRA. Left out: the base linear it is added to (peft/layer.py)
+and where S comes from (encoder.py, cache.py).
 
 Shape suffixes: B sequences, N tokens, I in_features, O out_features, R rank.
 """
