@@ -26,7 +26,7 @@ _CHOICES = {
 
 
 def _knob(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"knob": help})
 
 
 @dataclass
@@ -125,7 +125,7 @@ class PTEConfig(PeftConfig):
     @classmethod
     def knobs(cls) -> list[tuple[str, Any, str]]:
         """(name, default, description) of every knob of ours, in order; the configuration reference is made from it."""
-        return [(f.name, f.default, f.metadata["help"]) for f in fields(cls) if "help" in f.metadata]
+        return [(f.name, f.default, f.metadata["knob"]) for f in fields(cls) if "knob" in f.metadata]
 
     def _check_int(self, key: str, minimum: int) -> None:
         value = getattr(self, key)
