@@ -22,8 +22,9 @@ CASES = {
 
 
 def build(case: str):
-    tied = case == "no_eviction"
-    return tiny_pte(model=tiny_model("qwen2", tie_word_embeddings=tied), window=8)
+    if case == "no_eviction":  # without global tokens only an eviction touches the encoder: rank 1 never does
+        return tiny_pte(model=tiny_model("qwen2", tie_word_embeddings=True), window=8, num_global_tokens=0)
+    return tiny_pte(model=tiny_model("qwen2", tie_word_embeddings=False), window=8)
 
 
 def accumulate(model, lengths, seed, group=None, last=True):

@@ -82,10 +82,19 @@ def test_gradients_equal_backpropagation_through_one_graph(arch, gradient):
 
 
 @pytest.mark.parametrize(
-    "knobs", [dict(update_strength=None), dict(attention="softmax"), dict(normalize="frobenius")], ids=str
+    "knobs",
+    [
+        dict(update_strength=None),
+        dict(attention="softmax"),
+        dict(normalize="frobenius"),
+        dict(window=20, evict_fraction=0.33),
+        dict(update_state=False),
+        dict(freeze_state=True),
+    ],
+    ids=str,
 )
 def test_gradients_of_the_options(knobs):
-    model = tiny_pte("llama", 8, **knobs)
+    model = tiny_pte("llama", **({"window": 8} | knobs))
     assert worst_relative(replay_gradients(model, *problem()), oracle_gradients(model, *problem(), "full")) <= 1e-5
 
 

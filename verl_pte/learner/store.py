@@ -66,10 +66,9 @@ class GradientRing:
             index_BHMD = _expand(slots_BM, buffer)
             taken_BHMD = buffer.gather(2, index_BHMD)
             out.append(torch.where(valid_BM[:, None, :, None], taken_BHMD, 0.0))
-            # Padding points at slot 0, which belongs to a real token: put back what was there.
-            buffer.scatter_(
-                2, torch.where(valid_BM, slots_BM, buffer.shape[2] - 1)[:, None, :, None].expand_as(index_BHMD), 0.0
-            )
+            # Padding points at slot 0, which belongs to a real token: clear the ring's spare last slot instead.
+            cleared_BM = torch.where(valid_BM, slots_BM, buffer.shape[2] - 1)
+            buffer.scatter_(2, _expand(cleared_BM, buffer), 0.0)
         return out
 
 
