@@ -55,21 +55,47 @@ class Step:
     evicting: Tensor | None  # [B] bool
 
 
-class _BoundedLayer(CacheLayerMixin):
+class MaskedLayer(CacheLayerMixin):
+    """A cache layer for calls that bring their own 4D mask and positions.
+
+    transformers then has no use for a layer's lengths, but its abstract class wants answers: ``get_max_length`` in
+    newer releases, ``get_max_cache_shape`` in older ones.
+    """
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys, offset) of a mask transformers would build; the call brings its own."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """0: positions are always passed."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """-1: no length of its own."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+class _BoundedLayer(MaskedLayer):
     """Keys and values of one layer: two buffers [B, H, S, D], written in place."""
 
     is_compileable = True
-    is_sliding = False
 
     def __init__(self, owner: "BoundedCache", shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.owner = owner
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the buffers exist from the start."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Write the call's keys and values [B, H, N, D] to their slots; return all slots of its rows [B, H, S, D]."""
@@ -81,18 +107,6 @@ class _BoundedLayer(CacheLayerMixin):
         values = self.values[step.rows].scatter_(2, index_BHND, value_states)
         self.keys[step.rows], self.values[step.rows] = keys, values
         return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(slots, offset); only asked for when no 4D mask is given, which `BoundedCache` does not support."""
-        return self.keys.shape[2], 0
-
-    def get_seq_length(self) -> int:
-        """0: slots know no sequence length, positions are always passed."""
-        return 0
-
-    def get_max_cache_shape(self) -> int:
-        """Slots of a row."""
-        return self.keys.shape[2]
 
 
 class BoundedCache(ThoughtCache):

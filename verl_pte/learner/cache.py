@@ -11,27 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
-from verl_pte.core.cache import ThoughtCache
+from verl_pte.core.cache import MaskedLayer, ThoughtCache
 from verl_pte.core.encoder import ThoughtEncoder
 from verl_pte.learner.plan import Call
 
 
-class _CallLayer(CacheLayerMixin):
+class _CallLayer(MaskedLayer):
     """One layer: the visible past and, after its attention ran, the call's own keys and values."""
-
-    is_sliding = False
 
     def __init__(self) -> None:
         super().__init__()
         self.past: tuple[Tensor, Tensor] | None = None
         self.evicted: tuple[Tensor, Tensor] | None = None
         self.own: tuple[Tensor, Tensor] | None = None
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Past and own keys and values, [B, H, P + N, D]."""
@@ -39,18 +32,6 @@ class _CallLayer(CacheLayerMixin):
         if self.past is None:
             return self.own
         return torch.cat([self.past[0], key_states], dim=2), torch.cat([self.past[1], value_states], dim=2)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(keys, offset); not asked for with a 4D mask."""
-        return query_length + (0 if self.past is None else self.past[0].shape[2]), 0
-
-    def get_seq_length(self) -> int:
-        """0: positions are always passed."""
-        return 0
-
-    def get_max_cache_shape(self) -> int:
-        """-1: no limit."""
-        return -1
 
 
 class CallCache(ThoughtCache):
