@@ -1,7 +1,7 @@
 """The import rule: `core` <- `peft`, `engine`, `learner` <- `verl`. Arrows never point back.
 
-Checked on the source of every module, imports inside functions included, so that a module that is never loaded in the tests is
-checked too. That the checker itself catches violations is tested on made-up modules.
+Checked on the source of every module, imports inside functions included, so that a module that no test loads is checked
+too. That the checker itself catches violations is tested on made-up modules.
 """
 
 import ast
@@ -89,7 +89,7 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
 
 
 def _known_prefix(name: str) -> str:
-    """``verl_pte.core.schedule.Schedule`` -> ``verl_pte.core.schedule``: the part of a dotted name that is a module or package."""
+    """The part of a dotted name that is a module: ``verl_pte.core.schedule.Schedule`` -> ``verl_pte.core.schedule``."""
     known = {module for module, _ in modules()}
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
@@ -127,7 +127,10 @@ def test_checker_catches(module: str, source: str, complaint: str) -> None:
     [
         ("verl_pte.core.cache", "from transformers.cache_utils import Cache"),
         ("verl_pte.core.new", "from .schedule import Schedule\nimport torch"),
-        ("verl_pte.verl.new", "import ray\nfrom verl_pte.learner import Replay\nfrom verl_pte.patches import metric_names"),
+        (
+            "verl_pte.verl.new",
+            "import ray\nfrom verl_pte.learner import Replay\nfrom verl_pte.patches import metric_names",
+        ),
     ],
 )
 def test_checker_admits(module: str, source: str) -> None:
@@ -156,14 +159,14 @@ def test_public_names_load_without_verl() -> None:
     assert not loaded & NOT_WITHOUT_VERL
 
 
-# -- one schedule --------------------------------------------------------------------------------------------------------
+# -- one schedule ----------------------------------------------------------------------------------------
 
 _SCHEDULE_NUMBERS = {"evict_fraction", "window", "block_size", "chunk"}
 _SCALING = (ast.Mult, ast.Div, ast.FloorDiv, ast.Mod)
 
 
 def schedule_arithmetic(source: str) -> list[str]:
-    """Products, quotients and remainders of the schedule's numbers; sums are sizes of buffers, which anybody may compute."""
+    """Products, quotients and remainders of the schedule's numbers; sums are buffer sizes, which all may compute."""
     out = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.BinOp) and isinstance(node.op, _SCALING):

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-
-from verl_tests_tiny import make_data, make_model
+from verl_run import make_data, make_model
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,6 @@
-"""A tiny Qwen2 with a byte-level tokenizer, a data set and a reward on disk, and ways to run verl on them."""
+"""For the tests of the verl integration: a tiny Qwen2 with a byte-level tokenizer, a data set and a reward on disk,
+and ways to run verl on them.
+"""
 
 import json
 import os
@@ -10,7 +12,7 @@ import pandas as pd
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 PTE = {
     "rank": 4,
@@ -25,10 +27,10 @@ _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{m['role']}}\n{{m['content']}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_REWARD = '''
+_REWARD = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):
     return sum(letter.isdigit() for letter in solution_str) / max(len(solution_str), 1)
-'''
+"""
 
 
 def make_model(path: Path, **config) -> Path:
@@ -85,7 +87,7 @@ def make_data(folder: Path) -> None:
 
 def overrides(folder: Path) -> list[str]:
     """What every run of the tiny recipe is given."""
-    settings = [f"++actor_rollout_ref.model.pte.{key}={value}" for key, value in PTE.items()]
+    settings = [f"actor_rollout_ref.model.pte.{key}={value}" for key, value in PTE.items()]
     return [
         f"data.train_files={folder}/train.parquet",
         f"data.val_files={folder}/val.parquet",
@@ -106,8 +108,21 @@ def train(folder: Path, name: str, *more: str) -> list[dict]:
     # Only what any user's shell would have: the plugin must be found through its entry point.
     drop = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS")
     env = {key: value for key, value in os.environ.items() if key not in drop} | {"VERL_FILE_LOGGER_PATH": str(log)}
-    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(RECIPES), "--config-name", "pte_tiny_cpu"]
-    command += [*overrides(folder), "trainer.logger=[console,file]", f"trainer.default_local_dir={folder}/{name}", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "verl.trainer.main_ppo",
+        "--config-dir",
+        str(RECIPES),
+        "--config-name",
+        "pte_tiny_cpu",
+    ]
+    command += [
+        *overrides(folder),
+        "trainer.logger=[console,file]",
+        f"trainer.default_local_dir={folder}/{name}",
+        *more,
+    ]
     run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=420)
     assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
     return [json.loads(line)["data"] for line in log.read_text().splitlines()]

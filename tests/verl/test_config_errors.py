@@ -1,0 +1,117 @@
+"""Every configuration that cannot work is refused by the driver, before Ray starts, naming the key, its value and
+what is right.
+"""
+
+import pytest
+import verl.utils.config
+import yaml
+from hydra import compose, initialize_config_dir
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl_run import RECIPES, make_model, overrides
+
+from verl_pte import PTEConfig
+
+
+def validate(folder, *more: str) -> None:
+    """What main_ppo does with a composed config before anything else."""
+    with initialize_config_dir(str(RECIPES), version_base=None):
+        # main_ppo's own config folder comes from its package.
+        config = compose(
+            "pte_tiny_cpu", overrides=["hydra.searchpath=[pkg://verl.trainer.config]", *overrides(folder), *more]
+        )
+    verl.utils.config.validate_config(
+        config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
+    )
+
+
+def test_the_recipe_itself_is_accepted(folder):
+    validate(folder)
+
+
+def test_the_base_recipe_names_every_setting_with_its_default():
+    """What a recipe does not name cannot be overridden on the command line without a plus sign."""
+    block = yaml.safe_load((RECIPES / "pte_grpo.yaml").read_text())["actor_rollout_ref"]["model"]["pte"]
+    assert block == {name: default for name, default, _ in PTEConfig.knobs()}
+
+
+MODEL, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.rollout"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([f"{MODEL}.pte.window=20"], r"model\.pte: window=20: must be a multiple of block_size=8, e\.g\. 16 or 24"),
+        ([f"{MODEL}.pte.evict_fraction=1.0"], r"model\.pte: evict_fraction=1\.0: must lie strictly between 0 and 1"),
+        ([f"{MODEL}.pte.evict_fraction=0.0"], r"model\.pte: evict_fraction=0\.0"),
+        ([f"+{MODEL}.pte.windw=16"], r"model\.pte\.windw=16: no such setting; known are rank, .*window"),
+        (
+            ["data.max_response_length=512"],
+            r"data\.max_prompt_length=64 \+ data\.max_response_length=512 = 576: exceeds .*max_position_embeddings=256",
+        ),
+        ([f"{MODEL}.pte.target_modules=[q_proj,w_pack]"], r"target_modules=\['w_pack'\]: no such linear .*'q_proj'"),
+        ([f"{MODEL}.use_remove_padding=true"], r"model\.use_remove_padding=True: must be False"),
+        (
+            ["actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"],
+            r"actor\.ulysses_sequence_parallel_size=2: must be 1",
+        ),
+        (
+            ["actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=2"],
+            r"actor\.fsdp_config\.ulysses_sequence_parallel_size=2: must be 1",
+        ),
+        ([f"{MODEL}.enable_gradient_checkpointing=true"], r"model\.enable_gradient_checkpointing=True: must be False"),
+        (
+            [f"{MODEL}._target_=verl.workers.config.HFModelConfig", f"~{MODEL}.pte", f"{MODEL}.lora.rank=0"],
+            r"rollout\.name=pte: serves PTE models only; set actor_rollout_ref\.model\._target_",
+        ),
+        ([f"{ROLLOUT}.name=vllm"], r"rollout\.name=vllm: cannot serve a PTE model.*use pte or pte_vllm"),
+        ([f"{ROLLOUT}.tensor_model_parallel_size=2"], r"rollout\.tensor_model_parallel_size=2: must be 1"),
+        (
+            [f"+{ROLLOUT}.engine_kwargs.vllm.swap_space=4"],
+            r"rollout\.engine_kwargs\.vllm=\{'swap_space': 4\}: must be empty",
+        ),
+        ([f"{ROLLOUT}.quantization=fp8"], r"rollout\.quantization='fp8': must be None"),
+        ([f"+{ROLLOUT}.engine_kwargs.pte.threads=2"], r"engine_kwargs\.pte\.threads=2: no such option"),
+        ([f"{MODEL}.lora_rank=8"], r"model\.lora_rank=8: must be 0, PTE is the adapter"),
+        ([f"{MODEL}.lora.rank=0"], r"model\.lora\.rank=0: must be 4, the value of model\.pte\.rank"),
+        ([f"{MODEL}.lora.merge=true"], r"model\.lora\.merge=True: must be False"),
+        (
+            [f"+{MODEL}.override_config.attn_implementation=flash_attention_2"],
+            r"attn_implementation='flash_attention_2': must be one of sdpa, eager",
+        ),
+        (["trainer.v1.trainer_mode=colocate_async"], r"trainer_mode=colocate_async: must be sync"),
+        ([f"{ROLLOUT}.multi_turn.enable=true"], r"rollout\.multi_turn\.enable=True: must be False"),
+        (
+            ["actor_rollout_ref.actor.checkpoint.save_contents=[model,hf_model]"],
+            r"save_contents=\['model', 'hf_model'\]: must not contain hf_model",
+        ),
+    ],
+    ids=lambda value: value[0].split("=")[0].rsplit(".", 1)[-1] if isinstance(value, list) else "",
+)
+def test_refused(folder, settings, message):
+    with pytest.raises(ValueError, match=message):
+        validate(folder, *settings)
+
+
+def test_unsupported_architecture(folder, tmp_path):
+    from transformers import AutoConfig, GPT2Config
+
+    path = make_model(tmp_path / "gpt2")
+    GPT2Config(
+        vocab_size=320, n_embd=32, n_layer=2, n_head=4, n_positions=256, architectures=["GPT2LMHeadModel"]
+    ).save_pretrained(path)
+    assert AutoConfig.from_pretrained(path).model_type == "gpt2"
+    with pytest.raises(ValueError, match=r"model_type='gpt2': PTE supports qwen2, qwen3, llama, mistral"):
+        validate(folder, f"{MODEL}.path={path}")
+
+
+def test_a_run_without_pte_is_left_to_verl(folder):
+    """Settings PTE refuses are verl's business where PTE is not mentioned."""
+    validate(
+        folder,
+        f"{MODEL}._target_=verl.workers.config.HFModelConfig",
+        f"~{MODEL}.pte",
+        f"{MODEL}.lora.rank=0",
+        f"{MODEL}.use_remove_padding=true",
+        f"{ROLLOUT}.name=vllm",
+        "data.max_response_length=4096",
+    )

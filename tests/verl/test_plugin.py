@@ -1,0 +1,79 @@
+"""What `import verl` does with the plugin installed, and what a missing or broken one leads to.
+
+Each in a fresh interpreter.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+BUILD = "from verl_pte.verl.config import PTEModelConfig as C; C(path={path!r}, pte={{'rank': 4}}, lora={{'rank': 4}})"
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    drop = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS")
+    clean = {key: value for key, value in os.environ.items() if key not in drop}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=clean | env, capture_output=True, text=True, timeout=120, cwd="/"
+    )
+
+
+def test_importing_verl_stays_light_and_engines_register_with_the_model_config(folder):
+    code = f"""
+import sys, verl
+from verl.plugin.platform import get_platform
+heavy = ("vllm", "megatron", "flash_attn", "peft", "verl.workers.engine", "verl_pte.config")
+loaded = [m for m in heavy if m in sys.modules]
+assert not loaded, loaded
+assert "verl_pte.verl.plugin" in sys.modules and sys.modules["verl_pte.verl.plugin"].failure is None
+assert get_platform().device_name == "cpu", get_platform()
+from verl.workers.engine import EngineRegistry
+from verl.workers.rollout.replica import RolloutReplicaRegistry
+assert "pte_language_model" not in EngineRegistry._engines
+{BUILD.format(path=str(folder / "model"))}
+assert EngineRegistry.get_engine_cls("pte_language_model", "fsdp2").__name__ == "PTEEngine"
+assert RolloutReplicaRegistry.get("pte").__name__ == "NativeReplica"
+loaded = [m for m in ("vllm", "megatron", "flash_attn") if m in sys.modules]
+assert not loaded, loaded
+"""
+    run = python(code)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "breakage",
+    [
+        "import sys; sys.modules['verl_pte.verl.cpu_platform'] = None",  # a module of ours cannot be imported
+        "import importlib.metadata as m; real = m.version; m.version = lambda p: '0.10.0' if p == 'verl' else real(p)",
+    ],
+    ids=["import error", "other verl version"],
+)
+def test_a_broken_plugin_leaves_verl_alone_and_stops_a_pte_run(folder, breakage):
+    code = f"""
+{breakage}
+import verl
+from verl.workers.config import HFModelConfig
+HFModelConfig(path={str(folder / "model")!r})
+print("verl works")
+{BUILD.format(path=str(folder / "model"))}
+"""
+    run = python(code)
+    assert "verl works" in run.stdout, run.stderr[-3000:]
+    assert run.returncode != 0
+    assert "RuntimeError: the verl_pte plugin could not register with verl" in run.stderr
+    assert "cpu_platform" in run.stderr or "found verl 0.10.0" in run.stderr
+
+
+def test_a_missing_plugin_stops_a_pte_run(folder):
+    run = python(f"import verl\n{BUILD.format(path=str(folder / 'model'))}", VERL_USE_EXTERNAL_PLUGINS="none")
+    assert run.returncode != 0
+    assert "RuntimeError: verl did not load the verl_pte plugin" in run.stderr
+    assert "VERL_USE_EXTERNAL_PLUGINS" in run.stderr
+
+
+def test_the_cpu_platform_can_be_asked_for():
+    code = "import verl; from verl.plugin.platform import get_platform; print(get_platform().vendor_name)"
+    run = python(code, VERL_PLATFORM="cpu")
+    assert run.stdout.strip() == "cpu", run.stderr[-3000:]

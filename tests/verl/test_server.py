@@ -1,0 +1,132 @@
+"""The rollout server as a Ray actor: what verl's trainer and agent loops ask of it."""
+
+import time
+
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM
+from verl_run import PTE
+
+from verl_pte.verl.weight_transfer import buckets, unpack
+
+GREEDY = {"temperature": 0, "top_k": -1, "top_p": 1.0, "logprobs": True}
+SAMPLED = {"temperature": 1.0, "top_k": -1, "top_p": 1.0, "logprobs": True}
+PROMPT = [10, 20, 30, 40, 50]
+LONG = 160
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    from verl.workers.config import RolloutConfig
+
+    from verl_pte.verl.config import PTEModelConfig
+    from verl_pte.verl.server import RolloutServer
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    model_config = {
+        "_target_": f"{PTEModelConfig.__module__}.PTEModelConfig",
+        "path": str(folder / "model"),
+        "pte": PTE,
+        "lora": {"rank": PTE["rank"]},
+    }
+    config = RolloutConfig(
+        name="pte",
+        dtype="float32",
+        load_format="auto",
+        max_num_seqs=3,
+        prompt_length=16,
+        response_length=LONG,
+        tensor_model_parallel_size=1,
+        ignore_eos=True,
+    )
+    actor = ray.remote(RolloutServer).options(num_cpus=0, max_concurrency=32).remote(config, model_config, 0)
+    ray.get(actor.ready.remote())
+    yield actor
+    ray.shutdown()
+
+
+def ask(server, request_id="r", sampling=GREEDY, **more):
+    return server.generate.remote(request_id=request_id, prompt_ids=PROMPT, sampling_params={**sampling, **more})
+
+
+def test_greedy_response_is_the_base_models_and_says_what_it_held(server, folder):
+    ray.get(server.set_global_steps.remote(7))
+    output = ray.get(ask(server, max_tokens=12))  # shorter than the window: the full-cache answer, as lora_B is zero
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    expected = base.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert output.token_ids == expected[0, len(PROMPT) :].tolist()
+    assert len(output.log_probs) == 12 and output.stop_reason == "completed"
+    # The last sampled token has not entered the cache.
+    facts = {"global_steps": 7, "num_evictions": 0, "peak_cache_tokens": len(PROMPT) + 11}
+    assert output.extra_fields == facts
+
+
+def test_same_seed_same_response_whatever_runs_beside_it(server):
+    alone = ray.get(ask(server, "alone", SAMPLED, seed=5, max_tokens=40))
+    crowd = [ask(server, f"c{i}", SAMPLED, max_tokens=40) for i in range(4)]
+    beside = ray.get(ask(server, "beside", SAMPLED, seed=5, max_tokens=40))
+    assert beside.token_ids == alone.token_ids
+    others = [output.token_ids for output in ray.get(crowd)]
+    assert len({tuple(tokens) for tokens in others}) == 4, "without a seed of their own, requests must still differ"
+
+
+def test_requests_wait_while_it_sleeps(server):
+    ray.get(server.sleep.remote())
+    request = ask(server, "sleeper", max_tokens=4)
+    assert ray.wait([request], timeout=1.0)[0] == []
+    ray.get(server.wake_up.remote(tags=["weights"]))
+    assert ray.wait([request], timeout=1.0)[0] == [], "the cache is not back yet"
+    ray.get(server.wake_up.remote(tags=["kv_cache"]))
+    assert len(ray.get(request, timeout=20).token_ids) == 4
+
+
+def test_abort_returns_what_there_is_and_resume_serves_again(server):
+    requests = [ask(server, f"a{i}") for i in range(5)]  # two of them wait for a row
+    time.sleep(0.1)
+    ray.get(server.abort_all_requests.remote())
+    outputs = ray.get(requests, timeout=20)
+    assert {output.stop_reason for output in outputs} == {"aborted"}
+    assert all(len(output.token_ids) < LONG for output in outputs)
+    held = ask(server, "held", max_tokens=3)
+    assert ray.wait([held], timeout=1.0)[0] == []
+    ray.get(server.resume_generation.remote())
+    assert len(ray.get(held, timeout=20).token_ids) == 3
+    ray.get(server.abort_all_requests.remote(reject_request=True))
+    with pytest.raises(Exception, match="rejects requests until resume_generation"):
+        ray.get(ask(server, "rejected"))
+    ray.get(server.resume_generation.remote())
+
+
+def test_weights_arrive_by_name_and_change_the_answer(server, folder):
+    before = ray.get(ask(server, "w0", max_tokens=12)).token_ids
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    prefix = "base_model.model."
+    torch.manual_seed(1)
+    changed = {f"{prefix}lm_head.weight": torch.randn_like(base.lm_head.weight)}
+    for bucket in buckets(changed.items(), 1 << 20):
+        assert ray.get(server.load_weights.remote(bucket)) == 1
+    base.lm_head.weight.data.copy_(changed[f"{prefix}lm_head.weight"])
+    expected = base.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    after = ray.get(ask(server, "w1", max_tokens=12)).token_ids
+    assert after == expected[0, len(PROMPT) :].tolist() != before
+    (bucket,) = buckets([("no.such.weight", torch.zeros(2))], 1 << 20)
+    with pytest.raises(Exception, match="no parameter 'no.such.weight'"):
+        ray.get(server.load_weights.remote(bucket))
+
+
+def test_what_it_cannot_do_is_refused(server):
+    with pytest.raises(Exception, match=r"repetition_penalty=1\.2: must be 1\.0"):
+        ray.get(ask(server, "p", repetition_penalty=1.2))
+    with pytest.raises(Exception, match="text only"):
+        ray.get(server.generate.remote("i", PROMPT, GREEDY, image_data=["image"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buckets_keep_names_shapes_and_values(dtype):
+    weights = {"a": torch.randn(3, 5), "b": torch.randn(7), "c": torch.randn(100, 2), "d": torch.tensor(1.5)}
+    packed = list(buckets(weights.items(), max_bytes=200, dtype=dtype))
+    assert len(packed) > 1 and all(len(bucket.layout) == 1 or bucket.data.nbytes <= 200 for bucket in packed)
+    back = {name: tensor for bucket in packed for name, tensor in unpack(bucket)}
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name].to(dtype)) for name in weights)
