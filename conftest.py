@@ -1,11 +1,13 @@
-"""How the tests run: hypothesis without deadlines, because a busy machine is no defect, and spread over pytest-xdist's
-workers as follows (``--dist loadgroup``; without xdist this changes nothing).
+"""How the tests run: hypothesis without deadlines, because a busy machine is no defect, and pytest-xdist's workers
+(``-n``) as follows.
 
 Tests of one file stay together, so that their fixtures are made once. Everything under tests/verl is one group and
 comes first: those tests start Ray and several processes each, and two at a time would be slower than one by one.
+``--dist loadgroup`` would say the same, but pytest-xdist 3.8 loses the groups under pytest 9.2.
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -18,7 +20,16 @@ _VERL_TESTS = Path(__file__).parent / "tests" / "verl"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        group = "verl" if item.path.is_relative_to(_VERL_TESTS) else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: not item.path.is_relative_to(_VERL_TESTS))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/verl" if nodeid.startswith("tests/verl/") else nodeid.split("::", 1)[0]
+
+    config.option.loadscopereorder = False  # keep the order of collection: the longest group starts first
+    return ByFile(config, log)

@@ -206,6 +206,16 @@ def test_backward_twice_is_refused():
         replay.backward(torch.ones_like(out.log_probs))
 
 
+def test_backward_without_trainable_parameters_says_why():
+    model = tiny_pte("qwen2", 8)
+    prompts, responses, *_ = problem()
+    with model.disable_adapter():
+        replay = Replay(model, prompts, responses)
+        out = replay.forward()
+        with pytest.raises(RuntimeError, match="is_trainable=True"):
+            replay.backward(torch.ones_like(out.log_probs))
+
+
 @pytest.mark.parametrize(("prompts", "responses"), [([[1]], []), ([], []), ([[1], []], [[1], [1]]), ([[1]], [[]])])
 def test_bad_batches_are_refused(prompts, responses):
     model = tiny_pte("qwen2", 8)

@@ -86,7 +86,7 @@ class PTEConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType("PTE")
-        if self.task_type is None:
+        if self.task_type is None:  # type: ignore[has-type]
             self.task_type = TaskType.CAUSAL_LM
         for key in ("rank", "block_size", "chunk_tokens"):
             self._check_int(key, minimum=1)

@@ -25,6 +25,7 @@ chunk, R rank, L layers.
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ class _BoundedLayer(MaskedLayer):
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the call's keys and values [B, H, N, D] to their slots; return all slots of its rows [B, H, S, D]."""
         step = self.owner.step
         index_BHND = step.slots[:, None, :, None].expand_as(key_states)

@@ -75,6 +75,7 @@ class RolloutEngine:
         self._waiting: deque[RunningSequence] = deque()
         self._running: dict[int, RunningSequence] = {}  # row -> sequence
         self.cache: BoundedCache | None = None
+        self._forward: Forward | None = None
         self.wake()
 
     # -- offline
@@ -211,9 +212,7 @@ class RolloutEngine:
         )
         self._peak_B = torch.zeros(self.max_num_seqs, dtype=torch.long, device=parameter.device)
         on_gpu = parameter.device.type == "cuda"
-        self._forward: Forward | None = Forward(
-            self.model, self.cache, cuda_graph=self._cuda_graph and on_gpu, compile=self._compile
-        )
+        self._forward = Forward(self.model, self.cache, cuda_graph=self._cuda_graph and on_gpu, compile=self._compile)
 
     @property
     def cache_bytes(self) -> int:

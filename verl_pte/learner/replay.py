@@ -145,6 +145,11 @@ class Replay:
         """
         if len(self._states) != self.num_calls + 1:
             raise RuntimeError("Replay.backward needs one Replay.forward before it, and can be called once")
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise RuntimeError(
+                "no parameter of the model is trainable: load the adapter with PeftModel.from_pretrained(..., "
+                "is_trainable=True), and do not call backward under disable_adapter()"
+            )
         pad = nn.functional.pad
         d_log_probs, d_entropy = pad(d_log_probs, (0, 1)), None if d_entropy is None else pad(d_entropy, (0, 1))
         pinned_max = max(self.schedule.pinned(p) for p in self.plan.prompt_lens)
@@ -246,6 +251,7 @@ class Replay:
             keep_BP = call.past_valid_BP if self.gradient == "full" else call.past_valid_BP & call.same_segment_BP
             ring.add(slots(call.past_BP), keep_BP, (layer.past[0].grad, layer.past[1].grad))
         if layer.evicted is not None and self.gradient == "full":
+            assert call.evicting_B is not None and call.evicted_BC is not None
             keep_BC = call.evicting_B[:, None].expand_as(call.evicted_BC)
             ring.add(slots(call.evicted_BC), keep_BC, (layer.evicted[0].grad, layer.evicted[1].grad))
 

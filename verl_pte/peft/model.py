@@ -127,7 +127,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _check_base(model: nn.Module, config: PTEConfig) -> None:
-    model_config = getattr(model, "config", None)
+    model_config: Any = getattr(model, "config", None)
     kind = getattr(model_config, "model_type", type(model).__name__)
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type={kind!r}: PTE supports {', '.join(ARCHITECTURES)}")

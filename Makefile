@@ -1,0 +1,51 @@
+# Everything runs in a virtual environment that the first target makes.
+#
+#   make quickstart   train a tiny model with PTE through verl, on a CPU (examples/quickstart)
+#   make test         all tests
+#   make lint         ruff and mypy;  make format  applies what ruff can
+#   make docs         regenerate what is generated under docs/
+#
+# PIP_ARGS goes to pip, e.g. an extra index for torch's CPU build; PYTEST_ARGS and QUICKSTART_ARGS to what their names say.
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	2>/dev/null && echo $$p && break; done)
+WORKERS ?= 2
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+QUICKSTART_ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.verl_pte-installed
+
+.PHONY: install quickstart test lint format docs
+
+install: $(STAMP)
+
+# torch first: the second command then finds it whatever index it came from.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: set PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt torch
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[verl,dev]'
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	PATH="$(BIN):$$PATH" bash examples/quickstart/run.sh $(QUICKSTART_ARGS)
+
+# The tests that start verl share one worker (conftest.py); the others have the second to themselves.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate_configuration.py
+	$(BIN)/python docs/draw_images.py
