@@ -1,6 +1,7 @@
 """The async front: concurrency, failures that stay with their caller, pause, sleep, abort, close."""
 
 import asyncio
+import time
 
 import pytest
 from tiny import random_tokens, tiny_pte
@@ -85,6 +86,47 @@ def test_abort_and_cancel(front):
         await asyncio.sleep(0.1)
         await front.abort()
         assert (await last).finish_reason == "abort" and not front.engine.has_unfinished
+
+    run(main())
+
+
+def test_cancelling_a_queued_request_leaves_the_others_alone(front):
+    """The cancelled command waits behind a long step, the worst moment for it."""
+
+    async def main():
+        step = front.engine.step
+        front.engine.step = lambda: (time.sleep(0.2), step())[1]
+        kept = asyncio.create_task(
+            front.generate("kept", random_tokens(9)[0], SamplingParams(temperature=0, max_tokens=4))
+        )
+        await asyncio.sleep(0.3)
+        for i in range(5):
+            queued = asyncio.create_task(front.generate(i, random_tokens(5)[0], GREEDY))
+            await asyncio.sleep(0.01 * i)
+            queued.cancel()
+        assert (await kept).token_ids == Oracle(front.engine.model).greedy(random_tokens(9)[0], 4)[0]
+        front.engine.step = step
+        await front.abort("nobody")  # all cancellations have been carried out before this
+        assert not front.engine.has_unfinished and front.failure is None
+
+    run(main())
+
+
+def test_a_lost_device_fails_every_call_with_the_reason(front):
+    async def main():
+        def lost(*args):
+            time.sleep(0.2)
+            raise RuntimeError("device lost")
+
+        front.engine.step = front.engine.abort = lost
+        running = asyncio.create_task(front.generate(0, random_tokens(9)[0], GREEDY))
+        await asyncio.sleep(0.1)
+        queued = asyncio.create_task(front.sleep())  # behind the failing step
+        outcomes = await asyncio.gather(running, queued, return_exceptions=True)
+        assert [str(e) for e in outcomes] == ["device lost"] * 2
+        assert str(front.failure) == "device lost"
+        with pytest.raises(RuntimeError, match="engine died.*device lost"):
+            await front.generate(1, [1], GREEDY)
 
     run(main())
 

@@ -1,6 +1,8 @@
 """The rollout engine: neighbours, slots, memory, sampling, requests."""
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -219,6 +221,19 @@ def test_weights_by_name(model):
 
 
 def test_sleep_frees_the_cache_and_wake_restores_it(model):
+    engine = make_engine(model)
+    engine.generate(random_tokens(9), SamplingParams(max_tokens=30))
+    memory = weakref.ref(engine.cache.layers[0].keys)
+    gc.disable()  # freed by itself, not some time later by the collector
+    try:
+        engine.cache, engine._forward = None, None
+        assert memory() is None
+    finally:
+        gc.enable()
+    engine = make_engine(model, compile=True)  # a compiled forward refers to itself: sleep collects
+    memory = weakref.ref(engine.cache.layers[0].keys)
+    engine.sleep()
+    assert memory() is None
     engine = make_engine(model)
     (prompt,) = random_tokens(9)
     params = SamplingParams(temperature=0, max_tokens=30)

@@ -5,6 +5,7 @@ take ``LoraConfig``. The same block appears in verl's YAML under ``actor_rollout
 that belongs to a run (lengths, batch sizes, devices) rather than to the method.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -91,11 +92,12 @@ class PTEConfig(PeftConfig):
         for key in ("rank", "block_size", "chunk_tokens"):
             self._check_int(key, minimum=1)
         self._check_int("num_global_tokens", minimum=0)
-        if not self.alpha > 0:
-            raise ValueError(f"alpha={self.alpha!r}: must be positive, e.g. rank or 2 * rank")
-        if self.update_strength is not None and not self.update_strength > 0:
+        if not _is_positive(self.alpha):
+            raise ValueError(f"alpha={self.alpha!r}: must be a positive number, e.g. rank or 2 * rank")
+        if self.update_strength is not None and not _is_positive(self.update_strength):
             raise ValueError(
-                f"update_strength={self.update_strength!r}: must be positive, or null for the paper's literal update; "
+                f"update_strength={self.update_strength!r}: must be a positive number, or null for the "
+                "paper's literal update; "
                 "to switch updates off set update_state: false"
             )
         for key, allowed in _CHOICES.items():
@@ -131,3 +133,7 @@ class PTEConfig(PeftConfig):
         value = getattr(self, key)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ValueError(f"{key}={value!r}: must be an integer >= {minimum}")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf

@@ -37,6 +37,7 @@ def test_visible_tokens_are_those_of_a_simulated_cache(schedule, prompt_len, res
     seen = simulate(schedule, prompt_len, prompt_len + response_len)
     for query, held in enumerate(seen):
         assert {k for k in range(query + 1) if schedule.is_visible(prompt_len, query, k)} == held
+        assert schedule.visible_before(prompt_len, query) == sorted(held - {query})
 
 
 @given(schedules(), st.integers(1, 70), st.integers(0, 300))
@@ -94,6 +95,8 @@ def test_no_window_never_evicts(block, prompt_len, total):
     assert schedule.next_boundary(prompt_len, total) is None and schedule.evicted_at(prompt_len, total) is None
     assert schedule.is_visible(prompt_len, total, 0) and not schedule.is_visible(prompt_len, 0, 1)
     assert schedule.cache_limit(prompt_len) is None
+    assert schedule.visible_before(prompt_len, total) == list(range(total))
+    assert Schedule(block * 2, 0.25, block).full() == schedule
     assert [(c.start, c.end) for c in schedule.chunks(prompt_len, total)] == [(0, total)]
 
 

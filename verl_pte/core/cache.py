@@ -14,7 +14,8 @@ One call of the model is::
 
 Inside it each decoder layer first asks for its thought state (peft/model.py installs the hook), which encodes the
 evicted keys and values while they still lie in their slots; then attention writes the new ones. All shapes are
-static, nothing is allocated after construction, and `begin` is tensor work alone: a CUDA graph can hold it.
+static, nothing that outlives a call is allocated after construction, and `begin` is tensor work alone: a CUDA graph
+can hold it.
 
 Left out: gradients (learner/cache.py keeps every token for that) and sampling.
 
@@ -33,6 +34,16 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from verl_pte.core.encoder import ThoughtEncoder
 from verl_pte.core.schedule import Chunk, Schedule
+
+
+def attention_mask(visible: Tensor, attn_implementation: str, dtype: torch.dtype) -> Tensor:
+    """A bool mask (True = seen) as transformers' attention wants it: unchanged for sdpa, additive for eager.
+
+    Eager attention adds whatever it gets; a bool mask there is silently wrong.
+    """
+    if attn_implementation != "eager":
+        return visible
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 class ThoughtCache(Cache):
@@ -87,20 +98,29 @@ class MaskedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
+class _Current:
+    """The step under way, shared by a cache and its layers.
+
+    An object of its own, so that no layer refers back to its cache: memory is free the moment the cache is dropped.
+    """
+
+    step: Step
+
+
 class _BoundedLayer(MaskedLayer):
     """Keys and values of one layer: two buffers [B, H, S, D], written in place."""
 
     is_compileable = True
 
-    def __init__(self, owner: "BoundedCache", shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, current: _Current, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.owner = owner
+        self.current = current
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the call's keys and values [B, H, N, D] to their slots; return all slots of its rows [B, H, S, D]."""
-        step = self.owner.step
+        step = self.current.step
         index_BHND = step.slots[:, None, :, None].expand_as(key_states)
         if step.rows is None:
             return self.keys.scatter_(2, index_BHND, key_states), self.values.scatter_(2, index_BHND, value_states)
@@ -143,11 +163,11 @@ class BoundedCache(ThoughtCache):
         self.ring = max_thoughts if schedule.window is None else schedule.window
         self.padding_slot = self.pinned_max + self.ring
         shape = (num_rows, num_kv_heads, self.padding_slot + 1, head_dim)
-        super().__init__(layers=[_BoundedLayer(self, shape, dtype, self.device) for _ in range(num_layers)])
+        self._current = _Current()
+        super().__init__(layers=[_BoundedLayer(self._current, shape, dtype, self.device) for _ in range(num_layers)])
         # Position held by each slot, -1 = empty. The padding slot never holds one.
         self.held_BS = torch.full((num_rows, self.padding_slot + 1), -1, dtype=torch.long, device=self.device)
         self.states_LBRR = torch.zeros(num_layers, num_rows, rank, rank, device=self.device)
-        self.step: Step
 
     @property
     def num_bytes(self) -> int:
@@ -209,7 +229,7 @@ class BoundedCache(ThoughtCache):
             raise RuntimeError(
                 "BoundedCache is for inference: use torch.no_grad(), or verl_pte.learner.Replay for gradients"
             )
-        self.step = step
+        self._current.step = step
         held_BS = self.held_BS if step.rows is None else self.held_BS[step.rows]
         if step.fresh is not None:
             held_BS = held_BS.masked_fill(step.fresh[:, None], -1)
@@ -228,7 +248,7 @@ class BoundedCache(ThoughtCache):
 
     def thought_state(self, layer: int, encoder: ThoughtEncoder) -> Tensor:
         """States of the call's rows: fresh rows start, evicting rows first take in what they evict."""
-        step, states_BRR = self.step, self.states_LBRR[layer]
+        step, states_BRR = self._current.step, self.states_LBRR[layer]
         state_BRR = states_BRR if step.rows is None else states_BRR[step.rows]
         if step.fresh is not None:
             state_BRR = torch.where(step.fresh[:, None, None], encoder.initial_state(len(state_BRR)), state_BRR)

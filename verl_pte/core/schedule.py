@@ -12,7 +12,7 @@ Left out: slots and block tables. Where a token lies in memory is the cache's bu
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 
@@ -42,7 +42,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
             raise ValueError(f"block_size={self.block_size!r}: must be a positive integer")
-        if not 0.0 < self.evict_fraction < 1.0:
+        if not isinstance(self.evict_fraction, (int, float)) or not 0.0 < self.evict_fraction < 1.0:
             raise ValueError(f"evict_fraction={self.evict_fraction!r}: must lie strictly between 0 and 1, e.g. 0.25")
         if self.window is None:
             return
@@ -104,6 +104,15 @@ class Schedule:
         The visible window of a token at `position` is ``[0, pinned) + [first_visible_thought, position]``.
         """
         return self.pinned(prompt_len) + segment * self.chunk
+
+    def visible_before(self, prompt_len: int, position: int) -> list[int]:
+        """Positions the token at `position` sees before itself, oldest first: the pinned ones, then the window."""
+        first = self.first_visible_thought(prompt_len, self.segment(prompt_len, position))
+        return [*range(min(self.pinned(prompt_len), position)), *range(first, position)]
+
+    def full(self) -> "Schedule":
+        """The same blocks without a window: nothing is ever evicted."""
+        return replace(self, window=None)
 
     def is_visible(self, prompt_len: int, query: int, key: int) -> bool:
         """Whether the token at position `query` attends to the one at `key`."""

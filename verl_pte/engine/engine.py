@@ -9,6 +9,7 @@ Left out: tensor parallelism and paging (the vLLM engine has them), preemption (
 Shape suffixes: B rows, V vocabulary.
 """
 
+import gc
 import random
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -23,7 +24,7 @@ from verl_pte.core.schedule import Chunk
 from verl_pte.engine.forward import Forward
 from verl_pte.engine.request import RolloutOutput, RunningSequence
 from verl_pte.engine.sampling import SamplingParams, sample
-from verl_pte.peft import pte_config
+from verl_pte.peft import head_dim, pte_config
 
 
 class RolloutEngine:
@@ -188,6 +189,7 @@ class RolloutEngine:
         if self._running:
             raise RuntimeError(f"{len(self._running)} sequences are running: finish or abort them before sleep()")
         self.cache, self._forward = None, None
+        gc.collect()  # a compiled forward refers back to itself
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -197,7 +199,6 @@ class RolloutEngine:
             return
         model_config = self.model.config
         parameter = next(self.model.parameters())
-        heads = model_config.num_attention_heads
         self.cache = BoundedCache(
             self.schedule,
             num_rows=self.max_num_seqs,
@@ -205,7 +206,7 @@ class RolloutEngine:
             max_thoughts=self.max_response_length,
             num_layers=model_config.num_hidden_layers,
             num_kv_heads=model_config.num_key_value_heads,
-            head_dim=getattr(model_config, "head_dim", None) or model_config.hidden_size // heads,
+            head_dim=head_dim(model_config),
             rank=self.config.rank,
             dtype=parameter.dtype,
             device=parameter.device,

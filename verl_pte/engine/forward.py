@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from verl_pte.core.cache import BoundedCache, Step
+from verl_pte.core.cache import BoundedCache, Step, attention_mask
 
 
 class Forward:
@@ -30,14 +30,13 @@ class Forward:
         causal_lm = model.get_base_model()
         self.decoder, self.lm_head = causal_lm.model, causal_lm.lm_head
         self.cache = cache
-        self._decode: Callable[[Tensor, Step], Tensor] = (
-            torch.compile(self._run, dynamic=False) if compile else self._run
-        )
+        self._compiled = torch.compile(self._decode_eagerly, dynamic=False) if compile else None
         self.graphs: dict[bool, _DecodeGraph] = {}
         if cuda_graph:
-            for evicts in (False, True):
-                if not evicts or cache.schedule.window is not None:
-                    self.graphs[evicts] = _DecodeGraph(self._decode, self._idle_step(evicts))
+            with torch.cuda.device(cache.device):
+                for evicts in (False, True):
+                    if not evicts or cache.schedule.window is not None:
+                        self.graphs[evicts] = _DecodeGraph(self._run, self._idle_step(evicts))
 
     @torch.no_grad()
     def prefill(self, tokens_BN: Tensor, step: Step) -> Tensor:
@@ -47,21 +46,20 @@ class Forward:
 
     @torch.no_grad()
     def decode(self, tokens_B1: Tensor, step: Step) -> Tensor:
-        """Run one token of every row; returns logits [B, V] (a static buffer under CUDA graphs: use before the next
-        call).
-        """
+        """Run one token of every row; returns logits [B, V], under CUDA graphs a buffer the next call overwrites."""
         graph = self.graphs.get(step.evict_slots is not None)
-        return self._decode(tokens_B1, step) if graph is None else graph(tokens_B1, step)
+        return self._run(tokens_B1, step) if graph is None else graph(tokens_B1, step)
 
     def _run(self, tokens_B1: Tensor, step: Step) -> Tensor:
+        return (self._compiled or self._decode_eagerly)(tokens_B1, step)
+
+    def _decode_eagerly(self, tokens_B1: Tensor, step: Step) -> Tensor:
         return self.lm_head(self._hidden(tokens_B1, step)[:, 0])
 
     def _hidden(self, tokens_BN: Tensor, step: Step) -> Tensor:
-        mask = self.cache.begin(step)
-        if self.decoder.config._attn_implementation == "eager":  # which adds the mask; a bool one is silently wrong
-            dtype = self.decoder.dtype
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
-        return self.decoder(
+        decoder = self.decoder
+        mask = attention_mask(self.cache.begin(step), decoder.config._attn_implementation, decoder.dtype)
+        return decoder(
             input_ids=tokens_BN,
             attention_mask=mask,
             position_ids=step.positions,
@@ -104,5 +102,6 @@ class _DecodeGraph:
             buffer = getattr(self.step, name)
             if buffer is not None:
                 buffer.copy_(getattr(step, name))
-        self.graph.replay()
+        with torch.cuda.device(self.tokens_B1.device):
+            self.graph.replay()
         return self.logits_BV

@@ -88,7 +88,7 @@ class ReplayPlan:
         }
         for b, chunk in enumerate(chunks):
             run = range(0) if chunk is None else range(chunk.start, chunk.end)
-            past = [] if chunk is None else self._visible_past(b, chunk)
+            past = [] if chunk is None else self.schedule.visible_before(self.prompt_lens[b], chunk.start)
             segment_start = 0 if chunk is None else self.schedule.segment_start(self.prompt_lens[b], chunk.segment)
             rows["positions"].append(list(run))
             rows["tokens"].append([self.sequences[b][q] for q in run])
@@ -117,11 +117,6 @@ class ReplayPlan:
             response_BN=response,
             columns=(response < no_target).any(0).nonzero()[:, 0].tolist(),
         )
-
-    def _visible_past(self, b: int, chunk: Chunk) -> list[int]:
-        pinned = self.schedule.pinned(self.prompt_lens[b])
-        first = self.schedule.first_visible_thought(self.prompt_lens[b], chunk.segment)
-        return [*range(min(pinned, chunk.start)), *range(first, chunk.start)]
 
     def _pad(self, rows: list[list], width: int, fill: int | bool = 0) -> Tensor:
         return self._tensor([row + [fill] * (width - len(row)) for row in rows])

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from verl_pte.core.cache import attention_mask
 from verl_pte.core.schedule import Schedule
 from verl_pte.learner.cache import CallCache
 from verl_pte.learner.plan import Call, ReplayPlan
@@ -212,10 +213,8 @@ class Replay:
 
     def _run(self, call: Call, cache: CallCache) -> tuple[Tensor, Tensor | None, Tensor]:
         """(log-probs, entropy) of the call's predicting columns, and a zero that keeps the whole graph in backward."""
-        mask = call.mask()
-        if self.model.config._attn_implementation == "eager":  # which adds the mask; a bool one is silently wrong
-            dtype = self._compute_dtype()
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        dtype = next(self.model.parameters()).dtype
+        mask = attention_mask(call.mask(), self.model.config._attn_implementation, dtype)
         columns: Any = torch.tensor(call.columns, device=self.device) if call.columns else 1
         logits = self.model(
             input_ids=call.tokens_BN,
@@ -261,9 +260,6 @@ class Replay:
         if self.gradient == "truncated" and call.evicting_B is not None:
             return torch.where(call.evicting_B[:, None, None], 0.0, state.grad)
         return state.grad
-
-    def _compute_dtype(self) -> torch.dtype:
-        return next(p for p in self.model.parameters() if p.requires_grad or p.is_floating_point()).dtype
 
 
 def _agree(num_calls: int, group: dist.ProcessGroup | None, device: torch.device) -> int:

@@ -64,7 +64,7 @@ class PTEModel(BaseTuner):
         """Wrap the target linears, then give every decoder layer its encoder and its hooks."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
-        kv_dim = model.config.num_key_value_heads * _head_dim(model.config)
+        kv_dim = model.config.num_key_value_heads * head_dim(model.config)
         for index, layer in enumerate(decoder_layers(model)):
             if not config.freeze_state:
                 like = next(m for m in layer.modules() if isinstance(m, nn.Linear))
@@ -122,7 +122,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return inner.layers
 
 
-def _head_dim(config: Any) -> int:
+def head_dim(config: Any) -> int:
+    """Width of an attention head of a transformers config."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
