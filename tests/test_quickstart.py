@@ -43,6 +43,19 @@ def test_solution_follows_from_the_question():
         assert answer == f"#### {total}" and problem.answer == str(total)
 
 
+def test_hasty_solutions_stop_short():
+    import task
+
+    rng = random.Random(0)
+    missed = set()
+    for problem in task.make_problems(50, seed=4):
+        steps, answer = task.hasty_solution(problem, rng).split("\n")
+        assert problem.solution.startswith(steps + " ")
+        assert answer == f"#### {steps[-1]}"
+        missed.add(problem.question.count(" ") - 3 - steps.count(" "))
+    assert missed == set(range(1, task.MAX_MISSED + 1))
+
+
 def test_problems_follow_the_seed():
     import task
 
@@ -114,7 +127,7 @@ def test_taught_mask_is_the_schedules(tokenizer):
     from verl_pte.core.schedule import Schedule
 
     schedule = Schedule(16, 0.25, 8)
-    ids, mask, is_target = make_model.make_batch(tokenizer, schedule, random.Random(0))
+    ids, mask, is_target, _ = make_model.make_batch(tokenizer, schedule, random.Random(0))
     prompt_len = int(is_target[0].int().argmax())
     last = int(is_target[0].nonzero().max())
     visible = (mask[0, 0, last] == 0).nonzero()[:, 0].tolist()
@@ -124,6 +137,17 @@ def test_taught_mask_is_the_schedules(tokenizer):
         ids[0, last] == tokenizer.eos_token_id
         and ids[0, prompt_len - 1 : prompt_len].tolist() == tokenizer("\n")["input_ids"]
     )
+
+
+def test_lessons_are_whole_as_often_as_said(tokenizer):
+    import make_model
+
+    from verl_pte.core.schedule import Schedule
+
+    rng = random.Random(1)
+    schedule = Schedule(16, 0.25, 8)
+    whole = torch.cat([make_model.make_batch(tokenizer, schedule, rng)[3] for _ in range(20)])
+    assert whole.float().mean().item() == pytest.approx(1 - make_model.HASTY, abs=0.08)
 
 
 def test_teaching_lowers_the_loss_and_stops_where_told(tokenizer, monkeypatch):
@@ -136,7 +160,7 @@ def test_teaching_lowers_the_loss_and_stops_where_told(tokenizer, monkeypatch):
     model = make_model.make_model(tokenizer, seed=0)
 
     def loss() -> float:
-        ids, mask, is_target = make_model.make_batch(tokenizer, schedule, random.Random(9))
+        ids, mask, is_target, _ = make_model.make_batch(tokenizer, schedule, random.Random(9))
         with torch.no_grad():
             log_probs = model(ids, attention_mask=mask, use_cache=False).logits[:, :-1].log_softmax(-1)
         chosen = log_probs.gather(2, ids[:, 1:, None])[..., 0]
@@ -254,7 +278,7 @@ def test_report_writes_everything_and_fails_on_a_broken_bound(tokenizer, tmp_pat
     monkeypatch.setattr(sys, "argv", ["report.py", "--out", str(tmp_path), "--min-rise", "0.15"])
     assert report.main() == code
     summary = json.loads((tmp_path / "summary.json").read_text())
-    longest = max(len(make_model.encode(tokenizer, problem)[0]) for problem in problems)
+    longest = max(len(make_model.encode(tokenizer, problem, problem.solution)[0]) for problem in problems)
     assert summary["cache_limit"] == Schedule(16, 0.25, 8).cache_limit(longest)
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert ("mismatch_max" in capsys.readouterr().err) == bool(code)
