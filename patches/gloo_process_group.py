@@ -20,7 +20,7 @@ def apply() -> None:
     from verl.utils.device import get_device_name
 
     original = distributed.initialize_global_process_group_ray
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, "patched_by_verl_pte", False):
         return
     require("verl", "0.9.1", "so that its process group starts on a CPU")
 
@@ -30,4 +30,5 @@ def apply() -> None:
             backend = "gloo"
         return original(timeout_second=timeout_second, backend=backend)
 
+    initialize.__dict__["patched_by_verl_pte"] = True
     distributed.initialize_global_process_group_ray = initialize

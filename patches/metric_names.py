@@ -9,17 +9,21 @@ their own name and aggregation (its ``Metric`` loses the latter over mini-batche
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from verl_pte.patches.version_guard import require
 
 
-def apply() -> None:
-    """Wrap ``rename_dict``, which verl's trainers import by name afterwards; does nothing the second time."""
+def apply(fold: Callable[[str, Any], float]) -> None:
+    """Wrap ``rename_dict``, which verl's trainers import by name afterwards; does nothing the second time.
+
+    `fold` makes one number for a step of a metric's name and the values its mini-batches reported.
+    """
     from verl.utils import py_functional
 
     original = py_functional.rename_dict
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, "patched_by_verl_pte", False):
         return
     require("verl", "0.9.1", "so that pte/* metrics reach its logger under their names")
 
@@ -28,10 +32,9 @@ def apply() -> None:
         ours = {key: value for key, value in data.items() if key.startswith("pte/")}
         if not ours:
             return original(data, prefix)
-        from verl_pte.verl.metrics import fold
-
         renamed: dict[str, Any] = original({key: value for key, value in data.items() if key not in ours}, prefix)
         renamed.update((key, [fold(key, value)]) for key, value in ours.items())
         return renamed
 
+    rename_dict.__dict__["patched_by_verl_pte"] = True
     py_functional.rename_dict = rename_dict

@@ -10,28 +10,26 @@ Retire when: verl offers a validation hook to plugins.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from verl_pte.patches.version_guard import require
 
-from verl_pte.verl.components import mentions_pte
 
-
-def apply() -> None:
-    """Run the PTE checks ahead of verl's own; does nothing the second time."""
+def apply(*, mentions: Callable[[Any], bool], check_run: Callable[[Any], None]) -> None:
+    """Run `check_run` ahead of verl's own checks on a config that `mentions` PTE; does nothing the second time."""
     from verl.utils import config as verl_config
 
     original = verl_config.validate_config
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, "patched_by_verl_pte", False):
         return
     require("verl", "0.9.1", "so that configuration errors appear before anything starts")
 
     @functools.wraps(original)
     def validate_config(config: Any, *args: Any, **kwargs: Any) -> None:
-        if mentions_pte(config):
-            from verl_pte.verl.checks import check_run
-
+        if mentions(config):
             check_run(config)
         original(config, *args, **kwargs)
 
+    validate_config.__dict__["patched_by_verl_pte"] = True
     verl_config.validate_config = validate_config

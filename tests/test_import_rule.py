@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "engine": {"core", "config", "peft", "engine"},
     "learner": {"core", "config", "peft", "learner"},
     "verl": {"core", "config", "peft", "engine", "learner", "patches", "verl"},
-    "patches": {"patches", "verl"},  # patches of verl, which the plugin applies
+    "patches": {"patches"},  # patches of verl: the bottom layer, the plugin hands them what they call
     "": set(),  # verl_pte/__init__.py names its public parts as strings and loads them on use
 }
 WITHOUT_VERL = {"core", "config", "peft", "engine", "learner", "patches.version_guard", "patches.peft_type", ""}
@@ -115,6 +115,11 @@ def test_module_keeps_the_rule(module: str, path: Path) -> None:
         ("verl_pte.learner.new", "from verl_pte import RolloutEngine", "imports verl_pte.RolloutEngine"),
         ("verl_pte.peft.new", "if True:\n    from ray import get", "without ray"),
         ("verl_pte.peft.new", "from importlib import import_module\nimport_module('vllm')", "without vllm"),
+        (
+            "verl_pte.patches.new",
+            "def f():\n    from verl_pte.verl.checks import check_run",
+            "imports verl_pte.verl.checks",
+        ),
         ("verl_pte.config", "from verl_pte.patches import validate_config", "imports verl_pte.patches.validate_config"),
     ],
 )

@@ -12,13 +12,11 @@ from verl_run import RECIPES, make_model, overrides
 from verl_pte import PTEConfig
 
 
-def validate(folder, *more: str) -> None:
+def validate(folder, *more: str, recipe: str = "pte_tiny_cpu") -> None:
     """What main_ppo does with a composed config before anything else."""
     with initialize_config_dir(str(RECIPES), version_base=None):
         # main_ppo's own config folder comes from its package.
-        config = compose(
-            "pte_tiny_cpu", overrides=["hydra.searchpath=[pkg://verl.trainer.config]", *overrides(folder), *more]
-        )
+        config = compose(recipe, overrides=["hydra.searchpath=[pkg://verl.trainer.config]", *overrides(folder), *more])
     verl.utils.config.validate_config(
         config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
     )
@@ -28,6 +26,11 @@ def test_the_recipe_itself_is_accepted(folder):
     validate(folder)
 
 
+def test_the_base_recipe_is_accepted(folder):
+    """With verl's defaults for everything it does not name."""
+    validate(folder, "data.max_prompt_length=64", recipe="pte_grpo")
+
+
 def test_the_base_recipe_names_every_setting_with_its_default():
     """What a recipe does not name cannot be overridden on the command line without a plus sign."""
     block = yaml.safe_load((RECIPES / "pte_grpo.yaml").read_text())["actor_rollout_ref"]["model"]["pte"]
@@ -35,6 +38,7 @@ def test_the_base_recipe_names_every_setting_with_its_default():
 
 
 MODEL, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.rollout"
+FSDP = "actor_rollout_ref.actor.fsdp_config"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +67,7 @@ MODEL, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.rollout"
             [f"{MODEL}._target_=verl.workers.config.HFModelConfig", f"~{MODEL}.pte", f"{MODEL}.lora.rank=0"],
             r"rollout\.name=pte: serves PTE models only; set actor_rollout_ref\.model\._target_",
         ),
-        ([f"{ROLLOUT}.name=vllm"], r"rollout\.name=vllm: cannot serve a PTE model.*use pte or pte_vllm"),
+        ([f"{ROLLOUT}.name=vllm"], r"rollout\.name=vllm: cannot serve a PTE model.*must be pte$"),
         ([f"{ROLLOUT}.tensor_model_parallel_size=2"], r"rollout\.tensor_model_parallel_size=2: must be 1"),
         (
             [f"+{ROLLOUT}.engine_kwargs.vllm.swap_space=4"],
@@ -78,6 +82,42 @@ MODEL, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.rollout"
             [f"+{MODEL}.override_config.attn_implementation=flash_attention_2"],
             r"attn_implementation='flash_attention_2': must be one of sdpa, eager",
         ),
+        (["trainer.use_v1=false"], r"trainer\.use_v1=False: must be True, .*one seed"),
+        ([f"{ROLLOUT}.name=pte_vllm"], r"rollout\.name=pte_vllm: must be pte, .*this version has no vLLM engine"),
+        (["actor_rollout_ref.actor.strategy=megatron"], r"actor\.strategy=megatron: must be fsdp2"),
+        (["actor_rollout_ref.actor.strategy=fsdp"], r"actor\.strategy=fsdp: must be fsdp2 with trainer\.device=cpu"),
+        ([f"{FSDP}.model_dtype=bf16"], r"fsdp_config\.model_dtype=bf16: must be fp32, .*mixed_precision"),
+        ([f"{FSDP}.qat.enable=true"], r"actor\.fsdp_config\.qat\.enable=True: must be False"),
+        (["actor_rollout_ref.actor.qat.enable=true"], r"actor\.qat\.enable=True: must be False"),
+        ([f"{MODEL}.lora_alpha=32"], r"model\.lora_alpha=32: must be 16, .*set model\.pte\.alpha"),
+        (
+            [f"{MODEL}.exclude_modules=lm_head"],
+            r"model\.exclude_modules='lm_head': must be None, .*pte\.target_modules",
+        ),
+        ([f"{MODEL}.lora.alpha=64"], r"model\.lora\.alpha=64: must be 32, .*set model\.pte\.alpha"),
+        ([f"{MODEL}.lora.dropout=0.1"], r"model\.lora\.dropout=0\.1: must be 0\.0, .*no such setting"),
+        (
+            [f"{MODEL}.lora.exclude_modules=[a]"],
+            r"model\.lora\.exclude_modules=\['a'\]: must be \[\], .*target_modules",
+        ),
+        ([f"{MODEL}.tiled_mlp.enabled=true"], r"model\.tiled_mlp\.enabled=True: must be False"),
+        ([f"{MODEL}.mtp.enable=true"], r"model\.mtp\.enable=True: must be False"),
+        ([f"{ROLLOUT}.checkpoint_engine.backend=nccl"], r"checkpoint_engine\.backend='nccl': must be 'naive'"),
+        ([f"{ROLLOUT}.load_format=safetensors"], r"rollout\.load_format=safetensors: must be auto .*or dummy"),
+        ([f"{ROLLOUT}.full_determinism=true"], r"rollout\.full_determinism=True: must be False"),
+        ([f"{ROLLOUT}.gpu_memory_utilization=0.8"], r"gpu_memory_utilization=0\.8: must be 0\.5, .*max_num_seqs"),
+        ([f"{ROLLOUT}.max_num_batched_tokens=4096"], r"rollout\.max_num_batched_tokens=4096: must be 8192"),
+        ([f"{ROLLOUT}.enable_prefix_caching=false"], r"rollout\.enable_prefix_caching=False: must be True"),
+        ([f"{ROLLOUT}.enable_chunked_prefill=false"], r"rollout\.enable_chunked_prefill=False: must be True"),
+        ([f"{ROLLOUT}.scheduling_policy=priority"], r"rollout\.scheduling_policy='priority': must be 'fcfs'"),
+        ([f"{ROLLOUT}.over_sample_rate=0.1"], r"rollout\.over_sample_rate=0\.1: must be 0\.0"),
+        ([f"{ROLLOUT}.cudagraph_capture_sizes=[1,2]"], r"rollout\.cudagraph_capture_sizes=\[1, 2\]: must be None"),
+        ([f"{ROLLOUT}.layered_summon=true"], r"rollout\.layered_summon=True: must be False"),
+        ([f"+{ROLLOUT}.repetition_penalty=1.2"], r"rollout\.repetition_penalty=1\.2: must be 1\.0"),
+        ([f"+{ROLLOUT}.server.timeout=5"], r"rollout\.server=\{'timeout': 5\}: must be None"),
+        ([f"{ROLLOUT}.max_num_seqs=0"], r"rollout\.max_num_seqs=0: must be an integer of at least 1"),
+        (["data.max_prompt_length=0"], r"data\.max_prompt_length=0: must be an integer of at least 1"),
+        (["data.max_response_length=0"], r"data\.max_response_length=0: must be an integer of at least 1"),
         (["trainer.v1.trainer_mode=colocate_async"], r"trainer_mode=colocate_async: must be sync"),
         ([f"{ROLLOUT}.multi_turn.enable=true"], r"rollout\.multi_turn\.enable=True: must be False"),
         (

@@ -1,5 +1,6 @@
 """The rollout server as a Ray actor: what verl's trainer and agent loops ask of it."""
 
+import asyncio
 import time
 
 import pytest
@@ -16,14 +17,12 @@ PROMPT = [10, 20, 30, 40, 50]
 LONG = 160
 
 
-@pytest.fixture(scope="module")
-def server(folder):
+def start_server(folder):
     from verl.workers.config import RolloutConfig
 
     from verl_pte.verl.config import PTEModelConfig
     from verl_pte.verl.server import RolloutServer
 
-    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
     model_config = {
         "_target_": f"{PTEModelConfig.__module__}.PTEModelConfig",
         "path": str(folder / "model"),
@@ -42,7 +41,13 @@ def server(folder):
     )
     actor = ray.remote(RolloutServer).options(num_cpus=0, max_concurrency=32).remote(config, model_config, 0)
     ray.get(actor.ready.remote())
-    yield actor
+    return actor
+
+
+@pytest.fixture(scope="module")
+def server(folder):
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    yield start_server(folder)
     ray.shutdown()
 
 
@@ -120,6 +125,59 @@ def test_what_it_cannot_do_is_refused(server):
         ray.get(ask(server, "p", repetition_penalty=1.2))
     with pytest.raises(Exception, match="text only"):
         ray.get(server.generate.remote("i", PROMPT, GREEDY, image_data=["image"]))
+
+
+def test_it_ends_with_its_engine_and_only_with_it(server, folder):
+    """A dead engine ends the actor, so that nobody waits for it; requests that fail one by one do not."""
+    mortal = start_server(folder)
+    with pytest.raises(ValueError, match="prompt"):
+        ray.get(mortal.generate.remote("too long", PROMPT * 10, GREEDY))
+
+    def fail_one_step(self):
+        def step():
+            del self.engine.engine.step
+            raise ZeroDivisionError("one bad step")
+
+        self.engine.engine.step = step
+
+    ray.get(mortal.__ray_call__.remote(fail_one_step))
+    with pytest.raises(ZeroDivisionError, match="one bad step"):
+        ray.get(ask(mortal, "bad step"))
+    assert len(ray.get(ask(mortal, "next", max_tokens=4)).token_ids) == 4
+
+    def break_engine(self):
+        def lost(*_):
+            raise RuntimeError("device lost")
+
+        self.engine.engine.step = self.engine.engine.abort = lost
+
+    ray.get(mortal.__ray_call__.remote(break_engine))
+    for request in [ask(mortal, f"d{i}") for i in range(5)]:
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(request, timeout=30)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(mortal.wake_up.remote(), timeout=30)
+
+
+def test_the_device_is_the_platforms_and_has_to_be_there(monkeypatch):
+    from verl.plugin.platform.platform_cuda import PlatformCUDA
+
+    from verl_pte.verl import server
+
+    assert server._device() == "cpu"
+    monkeypatch.setattr(server, "get_platform", PlatformCUDA)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(RuntimeError, match=r"no cuda device.*CUDA_VISIBLE_DEVICES='7'.*VERL_PLATFORM=cpu"):
+        server._device()
+
+
+def test_the_agent_loop_needs_the_responses_number():
+    from verl_pte.verl.agent_loop import SeededSingleTurnLoop
+
+    loop = object.__new__(SeededSingleTurnLoop)
+    with pytest.raises(ValueError, match=r"session_id=None: must be .*trainer\.use_v1=True"):
+        asyncio.run(loop.run({}, raw_prompt=[], index=0))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

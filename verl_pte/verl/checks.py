@@ -7,40 +7,81 @@ it (config.py); here are those between blocks, and what only the model's own con
 from collections.abc import Mapping
 from typing import Any
 
-from verl_pte.verl.components import AGENT_LOOP, MODEL_TARGET, ROLLOUT, ROLLOUTS, is_pte_model
+from verl_pte.verl.components import AGENT_LOOP, MODEL_TARGET, RESERVED_ROLLOUT, ROLLOUT, is_pte_model
 from verl_pte.verl.config import check_model_settings, parse_pte_block, require_plugin
+
+# Options of verl's rollout block that only vLLM, SGLang or TensorRT-LLM read: with the native engine they have to keep
+# verl's defaults, so that nobody believes they do something.
+_OPTIONS_OF_OTHER_ENGINES = (
+    "cudagraph_capture_sizes",
+    "disable_log_stats",
+    "enable_chunked_prefill",
+    "enable_prefix_caching",
+    "enable_rollout_routing_replay",
+    "enable_sleep_mode",
+    "gpu_memory_utilization",
+    "layer_name_map",
+    "layered_summon",
+    "limit_images",
+    "logprobs_mode",
+    "max_model_len",
+    "max_num_batched_tokens",
+    "moe_load_balance_metrics_interval",
+    "multi_stage_wake_up",
+    "over_sample_rate",
+    "quantization",
+    "quantization_config_file",
+    "repetition_penalty",
+    "scheduling_policy",
+    "sglang_engine_mode",
+    "skip_tokenizer_init",
+    "standalone_gpu_memory_utilization",
+)
 
 
 def check_run(config: Any) -> None:
     """Raise ValueError (RuntimeError for the installation) if a run that mentions PTE cannot work."""
     require_plugin()
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
+    if rollout.name == RESERVED_ROLLOUT:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.name={RESERVED_ROLLOUT}: must be {ROLLOUT}, the native engine; the name is "
+            "reserved, this version has no vLLM engine"
+        )
     if not is_pte_model(model):
         raise ValueError(
             f"actor_rollout_ref.rollout.name={rollout.name}: serves PTE models only; set "
             f"actor_rollout_ref.model._target_={MODEL_TARGET} (recipes/pte_grpo.yaml does), or use rollout.name=vllm"
         )
-    if rollout.name not in ROLLOUTS:
+    if rollout.name != ROLLOUT:
         raise ValueError(
-            f"actor_rollout_ref.rollout.name={rollout.name}: cannot serve a PTE model, its cache and thought state are "
-            f"unknown to it; use {' or '.join(ROLLOUTS)}"
+            f"actor_rollout_ref.rollout.name={rollout.name}: cannot serve a PTE model, whose cache and thought state "
+            f"it does not know; must be {ROLLOUT}"
         )
     pte = parse_pte_block(_plain(model.get("pte", {})))
     check_model_settings(model, pte)
     _check_trainer(config)
-    if rollout.name == ROLLOUT:
-        _check_native_rollout(rollout)
+    _check_native_rollout(rollout)
     _check_model_files(config, pte)
 
 
 def _check_trainer(config: Any) -> None:
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    why = (
+        "the legacy trainer does not tell the agent loop which of a prompt's responses it generates, and all n of them "
+        "would be sampled with one seed"
+    )
+    _require(config, "trainer.use_v1", True, why, prefix="")
+    _check_strategy(config)
     for key in ("actor.ulysses_sequence_parallel_size", "actor.fsdp_config.ulysses_sequence_parallel_size"):
         _require(
             config.actor_rollout_ref, key, 1, "the replay runs a sequence's segments one after the other on one rank"
         )
     why = "under FSDP2's own offloading parameters are never where the replay computes; use param_offload instead"
     _require(config.actor_rollout_ref, "actor.fsdp_config.offload_policy", False, why)
+    why = "the replay's adapted linears bypass quantization-aware training"
+    _require(config.actor_rollout_ref, "actor.fsdp_config.qat.enable", False, why)
+    _require(config.actor_rollout_ref, "actor.qat.enable", False, why)
     _require(config.actor_rollout_ref, "actor.use_prefix_grouper", False, "it needs packed sequences")
     _require(
         config.actor_rollout_ref,
@@ -70,15 +111,57 @@ def _check_trainer(config: Any) -> None:
         raise ValueError(f"actor_rollout_ref.rollout.agent.default_agent_loop={loop}: must be {AGENT_LOOP}; {why}")
 
 
+def _check_strategy(config: Any) -> None:
+    from verl.utils.torch_dtypes import PrecisionType
+
+    actor = config.actor_rollout_ref.actor
+    if actor.strategy not in ("fsdp", "fsdp2"):
+        raise ValueError(
+            f"actor_rollout_ref.actor.strategy={actor.strategy}: must be fsdp2 (or fsdp on GPUs), the only training "
+            "engines PTE has in this version"
+        )
+    if actor.strategy == "fsdp" and config.trainer.device == "cpu":
+        raise ValueError(
+            "actor_rollout_ref.actor.strategy=fsdp: must be fsdp2 with trainer.device=cpu, FSDP1 needs GPUs"
+        )
+    dtype = actor.fsdp_config.get("model_dtype", None)
+    if dtype is not None and not PrecisionType.is_fp32(dtype):
+        raise ValueError(
+            f"actor_rollout_ref.actor.fsdp_config.model_dtype={dtype}: must be fp32, the precision of the adapter and "
+            "of Adam, whose steps at such learning rates would otherwise round to nothing. What halves the memory of "
+            "computation is fsdp_config.mixed_precision (its param_dtype is bf16 by verl's default)"
+        )
+
+
 def _check_native_rollout(rollout: Any) -> None:
-    why = "the native engine is data parallel: one replica on each device (rollout.name=pte_vllm shards a model)"
+    from verl.workers.config import RolloutConfig
+
+    prefix = "actor_rollout_ref.rollout."
+    for name, value in (
+        ("data.max_prompt_length", rollout.prompt_length),
+        ("data.max_response_length", rollout.response_length),
+        (f"{prefix}max_num_seqs", rollout.max_num_seqs),
+    ):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
+    why = "the native engine is data parallel: one replica on each device"
     for key in (
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
         "data_parallel_size",
         "expert_parallel_size",
+        "moe_tensor_parallel_size",
     ):
-        _require(rollout, key, 1, why, prefix="actor_rollout_ref.rollout.")
+        _require(rollout, key, 1, why, prefix=prefix)
+    why = "the training workers hand their weights to the server beside them"
+    _require(rollout, "checkpoint_engine.backend", "naive", why, prefix=prefix)
+    why = "every response has a seed of its own already, and verl would give all requests one id"
+    _require(rollout, "full_determinism", False, why, prefix=prefix)
+    if rollout.get("load_format", "auto") not in ("auto", "dummy"):
+        raise ValueError(
+            f"{prefix}load_format={rollout.load_format}: must be auto (the server reads the base model itself) or "
+            "dummy (it is sent the base, once)"
+        )
     for engine, options in (rollout.get("engine_kwargs", None) or {}).items():
         if engine != ROLLOUT and options:
             raise ValueError(
@@ -91,18 +174,13 @@ def _check_native_rollout(rollout: Any) -> None:
                     f"actor_rollout_ref.rollout.engine_kwargs.pte.{key}={options[key]!r}: no such option; known "
                     "are num_threads, compile"
                 )
-    why = "this is an option of vLLM or SGLang that the native engine does not have"
-    for key, right in (
-        ("quantization", None),
-        ("quantization_config_file", None),
-        ("max_model_len", None),
-        ("disaggregation.enabled", False),
-        ("enable_rollout_routing_replay", False),
-        ("mtp.enable_rollout", False),
-        ("prometheus.enable", False),
-        ("logprobs_mode", "processed_logprobs"),
-    ):
-        _require(rollout, key, right, why, prefix="actor_rollout_ref.rollout.")
+    why = "this is an option of other engines that the native one does not have (max_num_seqs sets its memory)"
+    for key in ("disaggregation.enabled", "mtp.enable_rollout", "prometheus.enable"):
+        _require(rollout, key, False, why, prefix=prefix)
+    _require(rollout, "server", None, why, prefix=prefix)
+    defaults = RolloutConfig(name=ROLLOUT)
+    for key in _OPTIONS_OF_OTHER_ENGINES:
+        _require(rollout, key, getattr(defaults, key), why, prefix=prefix)
 
 
 def _check_model_files(config: Any, pte: Any) -> None:
@@ -127,9 +205,8 @@ def _check_model_files(config: Any, pte: Any) -> None:
     if limit is not None and positions > limit:
         raise ValueError(
             f"data.max_prompt_length={rollout.prompt_length} + data.max_response_length={rollout.response_length} "
-            f"= {positions}: "
-            f"exceeds the model's max_position_embeddings={limit}. The window bounds the cache, not the positions; "
-            "shorten them to fit, or extend the model's RoPE with model.override_config"
+            f"= {positions}: exceeds the model's max_position_embeddings={limit}. The window bounds the cache, not the "
+            "positions; shorten them to fit"
         )
     with torch.device("meta"):  # attach knows which architectures and modules it takes; no weights are needed to ask it
         attach(AutoModelForCausalLM.from_config(hf_config), pte)

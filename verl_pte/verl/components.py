@@ -9,16 +9,17 @@ from typing import Any
 
 MODEL_TARGET = "verl_pte.verl.config.PTEModelConfig"
 ROLLOUT = "pte"
-ROLLOUTS = (ROLLOUT, "pte_vllm")
+RESERVED_ROLLOUT = "pte_vllm"  # nothing registers it in this version
 AGENT_LOOP = "pte_single_turn"
 
+_ROLLOUTS = (ROLLOUT, RESERVED_ROLLOUT)
 _registered = False
 
 
 def mentions_pte(config: Any) -> bool:
     """Whether a composed verl config asks for anything of ours."""
     actor = config.get("actor_rollout_ref", None)
-    return actor is not None and (is_pte_model(actor.model) or str(actor.rollout.get("name", "")) in ROLLOUTS)
+    return actor is not None and (is_pte_model(actor.model) or str(actor.rollout.get("name", "")) in _ROLLOUTS)
 
 
 def is_pte_model(model: Any) -> bool:

@@ -10,12 +10,14 @@ What lies between this block and others (lengths, rollout options) is checked in
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from importlib.resources import files
 from typing import Any
 
 from verl.workers.config import HFModelConfig
 
 MODEL_TYPE = "pte_language_model"
 _ATTENTION = ("sdpa", "eager")
+_TARGETS = "model.pte.target_modules"
 
 
 @dataclass
@@ -87,6 +89,20 @@ def parse_pte_block(block: Any) -> Any:
         raise ValueError(f"model.pte: {error}") from None
 
 
+def _check_lora_is_default(lora: Mapping) -> None:
+    # verl's `lora` block is Megatron's; of it only `rank` says something here.
+    from omegaconf import OmegaConf
+
+    path = files("verl.trainer.config") / "model" / "hf_model.yaml"
+    for key, default in OmegaConf.create(path.read_text()).lora.items():
+        if key not in ("rank", "merge") and lora.get(key, default) != default:
+            ours = {"alpha": "model.pte.alpha", "target_modules": _TARGETS, "exclude_modules": _TARGETS}.get(key)
+            raise ValueError(
+                f"model.lora.{key}={lora[key]!r}: must be {default!r}, verl's default, it would be ignored; "
+                + (f"set {ours}" if ours else "PTE has no such setting (see model.pte)")
+            )
+
+
 def check_model_settings(model: Any, pte: Any) -> None:
     """Raise ValueError for a setting of the model block that contradicts PTE.
 
@@ -112,8 +128,20 @@ def check_model_settings(model: Any, pte: Any) -> None:
     why = "PTE is the adapter; its settings are in model.pte (freeze_state: true makes it plain LoRA)"
     require("lora_rank", 0, why)
     require("lora_adapter_path", None, why)
-    require("target_modules", "all-linear", "adapted modules are named in model.pte.target_modules")
+    require("lora_alpha", defaults["lora_alpha"], "verl's default, it would be ignored; set model.pte.alpha")
+    named = f"adapted modules are named in {_TARGETS}"
+    for key, right in (("target_modules", "all-linear"), ("exclude_modules", None), ("target_parameters", None)):
+        require(key, right, named)
+    for key, why_not in (
+        ("tiled_mlp.enabled", "a tiled MLP bypasses the adapted linears"),
+        *((f"mtp.{key}", "PTE has no multi-token prediction") for key in ("enable", "enable_train", "enable_rollout")),
+    ):
+        block, name = key.split(".")
+        value = (model.get(block, None) or {}).get(name, False)
+        if value:
+            raise ValueError(f"model.{key}={value!r}: must be False, {why_not}")
     lora = model.get("lora", None) or {}
+    _check_lora_is_default(lora)
     if lora.get("merge", False):
         raise ValueError(
             "model.lora.merge=True: must be False, a PTE adapter cannot be merged (its update depends on the sequence)"

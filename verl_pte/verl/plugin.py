@@ -9,18 +9,32 @@ a PTE run must not start half registered: the failure is kept in ``failure``, an
 it.
 """
 
+from typing import Any
+
 failure: Exception | None = None
 
 
 def register() -> None:
     """Register what verl needs to know before it starts."""
     from verl_pte.patches import gloo_process_group, metric_names, validate_config
-    from verl_pte.verl import cpu_platform
+    from verl_pte.verl import components, cpu_platform
 
-    validate_config.apply()
-    metric_names.apply()
+    validate_config.apply(mentions=components.mentions_pte, check_run=_check_run)
+    metric_names.apply(_fold)
     if cpu_platform.register():
         gloo_process_group.apply()
+
+
+def _check_run(config: Any) -> None:
+    from verl_pte.verl.checks import check_run  # needs transformers and the model code
+
+    check_run(config)
+
+
+def _fold(key: str, values: Any) -> float:
+    from verl_pte.verl.metrics import fold
+
+    return fold(key, values)
 
 
 try:

@@ -7,10 +7,14 @@ HTTP interface (serving is the vLLM engine's) and profiling.
 """
 
 import itertools
+import logging
+import os
 from typing import Any
 
+import ray
 import torch
 from transformers import AutoModelForCausalLM
+from verl.plugin.platform import get_platform
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.rollout.replica import TokenOutput
@@ -20,6 +24,8 @@ from verl_pte.peft import attach
 from verl_pte.verl.sampling import derive_seed, sampling_params
 from verl_pte.verl.weight_transfer import Bucket, unpack
 
+_logger = logging.getLogger(__name__)
+
 
 class RolloutServer:
     """One replica's engine."""
@@ -28,7 +34,7 @@ class RolloutServer:
         self.config = omega_conf_to_dataclass(config)
         model_config = omega_conf_to_dataclass(model_config)
         options = (self.config.engine_kwargs or {}).get("pte", None) or {}
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = _device()
         if device == "cpu":
             torch.set_num_threads(options.get("num_threads", 1))
         self.replica_rank, self.global_steps = replica_rank, 0
@@ -58,12 +64,21 @@ class RolloutServer:
         audio_data: Any = None,
         **_: Any,
     ) -> TokenOutput:
-        """One response. Raises ValueError for what the engine cannot serve."""
+        """One response.
+
+        Raises ValueError for what the engine cannot serve. If the engine has died, so does this actor: verl counts
+        a request that raises as one lost prompt and would go on asking.
+        """
         if image_data or video_data or audio_data:
             raise ValueError("the native PTE engine serves text only")
         if not self.accepting:
             raise RuntimeError(f"replica {self.replica_rank} rejects requests until resume_generation()")
-        output = await self.engine.generate(request_id, prompt_ids, self._sampling(sampling_params))
+        sampling = self._sampling(sampling_params)
+        try:
+            output = await self.engine.generate(request_id, prompt_ids, sampling)
+        except Exception:
+            self._exit_if_the_engine_died()
+            raise
         return TokenOutput(
             token_ids=output.token_ids,
             log_probs=output.log_probs if sampling_params.get("logprobs", True) else None,
@@ -92,7 +107,7 @@ class RolloutServer:
     async def sleep(self, **_: Any) -> None:
         """Free the cache until `wake_up`; requests that arrive meanwhile wait.
 
-        Nothing to do if verl asked to keep the cache.
+        Nothing to do if verl asked to keep the cache. Raises RuntimeError while sequences run.
         """
         if self.config.free_cache_engine:
             await self.engine.sleep()
@@ -133,6 +148,14 @@ class RolloutServer:
     async def stop_profile(self, **_: Any) -> None:
         """Not profiled."""
 
+    def _exit_if_the_engine_died(self) -> None:
+        failure = self.engine.failure
+        if failure is not None:
+            _logger.critical(
+                "replica %d: the rollout engine died, ending the server", self.replica_rank, exc_info=failure
+            )
+            ray.actor.exit_actor()
+
     def _sampling(self, wanted: dict[str, Any]) -> Any:
         # Requests of our agent loop bring their seed; others get one that no other replica or request has.
         own_seed = derive_seed(self.config.seed, self.replica_rank, self.global_steps, next(self.requests))
@@ -143,6 +166,17 @@ class RolloutServer:
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.config.ignore_eos,
         )
+
+
+def _device() -> str:
+    platform = get_platform()
+    if not platform.is_available():
+        raise RuntimeError(
+            f"the rollout server was given no {platform.device_name} device, which is verl's platform here "
+            f"({platform.visible_devices_envvar()}={os.environ.get(platform.visible_devices_envvar())!r}); set "
+            "VERL_PLATFORM=cpu, in all processes, to run without one"
+        )
+    return platform.device_name
 
 
 def _build_model(model_config: Any, dtype: torch.dtype, device: str, load_format: str) -> Any:
