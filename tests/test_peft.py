@@ -138,6 +138,13 @@ def test_half_precision_base_keeps_a_float32_adapter():
             ),
             "sliding_window=64",
         ),
+        (
+            lambda: attach(
+                tiny_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+                PTEConfig(**SMALL),
+            ),
+            "rope_type='dynamic'",
+        ),
         (lambda: attach(tiny_model("qwen2", attn="flex_attention"), PTEConfig(**SMALL)), "flex_attention.*sdpa"),
     ],
 )

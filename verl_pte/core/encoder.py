@@ -17,7 +17,9 @@ The state is float32 whatever the model's dtype. Left out: when tokens are evict
 Shape suffixes: B sequences, E evicted tokens, K kv heads x head_dim, R rank.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -26,27 +28,28 @@ from torch import Tensor, nn
 _EPS = 1e-12
 
 
-class Vectors(nn.Module):
-    """`count` learned vectors, looked up as an embedding would.
+class Matrix(nn.Module):
+    """A learned matrix; calling it returns it.
 
     A leaf of its own class with a ``.weight`` that its forward uses: FSDP1 gathers only such leaves, and verl's FSDP2
     wrapping would shard an ``nn.Embedding`` a second time, apart from its decoder layer.
     """
 
-    def __init__(self, count: int, dim: int) -> None:
+    def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(count, dim))
+        self.weight = nn.Parameter(torch.empty(rows, columns))
 
     def forward(self) -> Tensor:
-        """All vectors: [count, dim]."""
-        index = torch.arange(self.weight.shape[0], device=self.weight.device)
-        return nn.functional.embedding(index, self.weight)
+        """The matrix: [rows, columns]."""
+        # FSDP1 lends its leaf a view in place of the parameter, and frees what it shows when the forward ends.
+        return self.weight if isinstance(self.weight, nn.Parameter) else self.weight.clone()
 
 
 class ThoughtEncoder(nn.Module):
     """State update of one layer.
 
-    Every parameter belongs to a called leaf module with a ``.weight``, which is what FSDP1 needs.
+    Every parameter is a leaf module's ``.weight``, which is what FSDP1 needs. Each call of a leaf is then a collective,
+    so a sharded model calls all leaves once a layer and call, whoever evicts: `gathered`.
 
     Args:
         kv_dim: kv heads x head_dim.
@@ -73,33 +76,47 @@ class ThoughtEncoder(nn.Module):
         self.rank, self.num_global_tokens = rank, num_global_tokens
         self.update_strength, self.update_state = update_strength, update_state
         self.normalize, self.attention = normalize, attention
-        self.W_Q, self.W_K, self.W_V = (nn.Linear(kv_dim, rank, bias=False) for _ in range(3))
-        self.global_queries = Vectors(rank, kv_dim)
-        self.global_keys = Vectors(num_global_tokens, kv_dim) if num_global_tokens else None
-        self.global_values = Vectors(num_global_tokens, kv_dim) if num_global_tokens else None
+        self.W_Q, self.W_K, self.W_V = (Matrix(rank, kv_dim) for _ in range(3))
+        self.global_queries = Matrix(rank, kv_dim)
+        if num_global_tokens:
+            self.global_keys, self.global_values = (Matrix(num_global_tokens, kv_dim) for _ in range(2))
+        self._held: dict[str, Tensor] = {}
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Projections keep the scale of their input; global queries and tokens are unit normal."""
-        for linear in (self.W_Q, self.W_K, self.W_V):
-            nn.init.normal_(linear.weight, std=1.0 / math.sqrt(linear.in_features))
-        for vectors in (self.global_queries, self.global_keys, self.global_values):
-            if vectors is not None:
-                nn.init.normal_(vectors.weight)
+        for name, matrix in self.named_children():
+            std = 1.0 / math.sqrt(matrix.weight.shape[1]) if name.startswith("W_") else 1.0
+            nn.init.normal_(matrix.weight, std=std)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Calls every leaf once, in the same order on all ranks, and works with what they return until the end."""
+        self._held = {name: matrix() for name, matrix in self.named_children()}
+        try:
+            yield
+        finally:
+            self._held = {}
+
+    def touch(self) -> Tensor:
+        """A zero that depends on every parameter, with zero gradients."""
+        corners = torch.stack([self._matrix(name)[0, 0].float() for name, _ in self.named_children()])
+        return (0.0 * corners).sum()
 
     def initial_state(self, batch: int) -> Tensor:
         """S0 for `batch` sequences: float32 [B, R, R], from the global tokens, or zero without them."""
-        if self.global_keys is None or self.global_values is None:
-            return torch.zeros(batch, self.rank, self.rank, device=self.W_K.weight.device)
-        raw_1RR = self.encode(self.global_keys()[None], self.global_values()[None])
+        if not self.num_global_tokens:
+            return torch.zeros(batch, self.rank, self.rank, device=self._matrix("W_K").device)
+        raw_1RR = self.encode(self._matrix("global_keys")[None], self._matrix("global_values")[None])
         return self._normalize(raw_1RR).expand(batch, -1, -1)
 
     def encode(self, k_BEK: Tensor, v_BEK: Tensor) -> Tensor:
         """S' of the evicted tokens, before any scaling: float32 [B, R, R]."""
-        dtype, device = self.W_K.weight.dtype, k_BEK.device
-        q_RR = self.W_Q(self.global_queries()).float()
-        k_BER = self.W_K(k_BEK.to(dtype)).float()
-        v_BER = self.W_V(v_BEK.to(dtype)).float()
+        linear, device = nn.functional.linear, k_BEK.device
+        W_Q, W_K, W_V = (self._matrix(name) for name in ("W_Q", "W_K", "W_V"))
+        q_RR = linear(self._matrix("global_queries"), W_Q).float()
+        k_BER = linear(k_BEK.to(W_K.dtype), W_K).float()
+        v_BER = linear(v_BEK.to(W_V.dtype), W_V).float()
         with torch.autocast(device.type, enabled=False):
             scores_BRE = q_RR @ k_BER.transpose(-1, -2)
             if self.attention == "softmax":
@@ -111,6 +128,9 @@ class ThoughtEncoder(nn.Module):
         if self.update_strength is not None:
             raw_BRR = raw_BRR * (self.update_strength * math.sqrt(self.rank) * _inverse_norm(raw_BRR, (-2, -1)))
         return self._normalize(state_BRR + raw_BRR)
+
+    def _matrix(self, name: str) -> Tensor:
+        return self._held[name] if self._held else getattr(self, name)()
 
     def _normalize(self, state_BRR: Tensor) -> Tensor:
         if self.normalize == "row":

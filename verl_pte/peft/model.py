@@ -24,6 +24,7 @@ from verl_pte.peft.layer import MERGE_REFUSED, PTELinear, ThoughtEncoderLayer
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
 _ATTENTION = ("sdpa", "eager")
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class PTEModel(BaseTuner):
@@ -138,6 +139,12 @@ def _check_base(model: nn.Module, config: PTEConfig) -> None:
             f"sliding_window={model_config.sliding_window}: the base model's own sliding window "
             "would be lost under PTE's; where sequences never exceed it, load the model with sliding_window=None"
         )
+    rope_type = (getattr(model_config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope_type in _LENGTH_DEPENDENT_ROPE:
+        raise ValueError(
+            f"rope_type={rope_type!r}: changes the rotation with the length seen so far: cached keys and a replay "
+            "would disagree; use a model with a fixed one (default, linear, llama3, yarn)"
+        )
     attention = model_config._attn_implementation
     if attention not in _ATTENTION:
         raise ValueError(
@@ -178,11 +185,12 @@ def _state(layer: nn.Module, index: int, hidden_states: Tensor, cache: Any) -> T
     encoder = None if holder is None else holder.encoder
     if encoder is None:
         return None
-    if isinstance(cache, ThoughtCache):
-        state_BRR = cache.thought_state(index, encoder)
-    else:
-        state_BRR = encoder.initial_state(hidden_states.shape[0])
-    if torch.is_grad_enabled():
-        # Ranks of FSDP reduce the same gradients only if every parameter has one, also where nothing was evicted.
-        state_BRR = state_BRR + 0.0 * sum(p.sum() for p in encoder.parameters())
+    with encoder.gathered():
+        if isinstance(cache, ThoughtCache):
+            state_BRR = cache.thought_state(index, encoder)
+        else:
+            state_BRR = encoder.initial_state(hidden_states.shape[0])
+        if torch.is_grad_enabled():
+            # Ranks of FSDP reduce the same gradients only if every parameter has one, also where nothing was evicted.
+            state_BRR = state_BRR + encoder.touch()
     return state_BRR

@@ -5,9 +5,10 @@ verl's own loss on the resulting log-probs and entropy as leaves, then the repla
 (learner/replay.py). Any loss that sees log-probs and entropy works. Everything else, sharding, offloading, optimizer,
 schedules, is verl's.
 
-Runs under FSDP2 on CPUs and GPUs, and under FSDP1 on GPUs, whose wrapping rule needs every trainable tensor to be the
-``weight`` of a leaf module that is called. Left out: packed rows, sequence parallelism, distillation losses
-(checks.py refuses them).
+Runs under FSDP2, and on GPUs under FSDP1, whose wrapping rule needs every trainable tensor to be the ``weight`` of a
+leaf module that is called. What was run: this engine under FSDP2 with two CPU ranks over gloo; under FSDP1 the replay
+alone on so wrapped a model, also with two CPU ranks, in float32 and bfloat16 (tests/test_fsdp.py). Neither on a GPU.
+Left out: packed rows, sequence parallelism, distillation losses (checks.py refuses them).
 """
 
 import contextlib
@@ -24,7 +25,6 @@ from verl.utils.fsdp_utils import load_fsdp_model_to_gpu
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.engine.utils import postprocess_batch_func, prepare_micro_batches
 
-from verl_pte.core.schedule import Schedule
 from verl_pte.learner import Replay
 from verl_pte.peft import attach
 from verl_pte.verl.adapter_tensors import full_adapter_tensors, full_base_tensors
@@ -76,6 +76,14 @@ class PTEEngine(FSDPEngineWithLMHead):
         base_dtype = next(p.dtype for p in module.parameters() if not p.requires_grad)
         for parameter in module.parameters():
             parameter.data = parameter.data.to(base_dtype)  # FSDP wants one dtype in a group
+        return module
+
+    def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
+        module = super()._build_fsdp_module(module)
+        # verl has FSDP2 cast what a unit is given to `param_dtype`, and leaves FSDP1's units to an autocast around its
+        # own forward, in whose place the replay stands.
+        for unit in FSDP.fsdp_modules(module):
+            unit.mixed_precision.cast_forward_inputs = True
         return module
 
     def _build_optimizer(self, module: torch.nn.Module) -> torch.optim.Optimizer:
@@ -142,9 +150,7 @@ class PTEEngine(FSDPEngineWithLMHead):
             batch.prompts,
             batch.responses,
             temperature=batch.temperature,
-            schedule=Schedule(None, self.pte.evict_fraction, self.pte.block_size)
-            if full_reference
-            else self.pte.schedule(),
+            schedule=self.pte.schedule().full() if full_reference else self.pte.schedule(),
             entropy=tu.get_non_tensor_data(data=batch.data, key="calculate_entropy", default=False),
             group=self.get_data_parallel_group(),
         )
