@@ -251,6 +251,15 @@ def test_sleep_frees_the_cache_and_wake_restores_it(model):
     assert outputs[0].token_ids == expected
 
 
+def test_casting_leaves_the_rotary_frequencies_alone():
+    model = tiny_pte("llama", 8)
+    rotary = model.get_base_model().model.rotary_emb
+    expected = rotary.inv_freq.clone()
+    engine = make_engine(model, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16} == {engine.cache.layers[0].keys.dtype}
+    assert rotary.inv_freq.dtype == torch.float32 and torch.equal(rotary.inv_freq, expected)
+
+
 def test_gradients_are_refused_in_the_bounded_cache(model):
     engine = make_engine(model)
     step = engine.cache.plan(None, [None] * 3, [0] * 3, decode=True)

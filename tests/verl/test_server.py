@@ -2,13 +2,16 @@
 
 import asyncio
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from verl_run import PTE
 
+from verl_pte import PTEConfig, RolloutEngine
+from verl_pte.verl.server import _build_model
 from verl_pte.verl.weight_transfer import buckets, unpack
 
 GREEDY = {"temperature": 0, "top_k": -1, "top_p": 1.0, "logprobs": True}
@@ -178,6 +181,20 @@ def test_the_agent_loop_needs_the_responses_number():
     loop = object.__new__(SeededSingleTurnLoop)
     with pytest.raises(ValueError, match=r"session_id=None: must be .*trainer\.use_v1=True"):
         asyncio.run(loop.run({}, raw_prompt=[], index=0))
+
+
+def test_a_bfloat16_server_keeps_the_rotary_frequencies_in_float32(folder):
+    model_config = SimpleNamespace(
+        local_path=str(folder / "model"),
+        hf_config=AutoConfig.from_pretrained(folder / "model", attn_implementation="sdpa"),
+        trust_remote_code=False,
+        pte=PTEConfig(rank=2, window=8, block_size=4, num_global_tokens=2),
+    )
+    for load_format in ("auto", "dummy"):
+        model = _build_model(model_config, torch.bfloat16, "cpu", load_format)
+        RolloutEngine(model, max_num_seqs=1, max_prompt_length=8, max_response_length=8, dtype=torch.bfloat16)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert model.get_base_model().model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

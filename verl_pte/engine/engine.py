@@ -67,7 +67,7 @@ class RolloutEngine:
                 f"max_prompt_length={max_prompt_length} + max_response_length={max_response_length} exceeds the "
                 f"model's max_position_embeddings={limit}: shorten them, or load a base model with more positions"
             )
-        self.model = model.to(device=device, dtype=dtype).eval()
+        self.model = _placed(model, device, dtype).eval()
         self.max_num_seqs, self.max_prompt_length = max_num_seqs, max_prompt_length
         self.max_response_length = max_response_length
         self.vocab_size = model.get_base_model().get_input_embeddings().num_embeddings
@@ -294,6 +294,20 @@ class RolloutEngine:
 
     def _finish(self, row: int, reason: str) -> RolloutOutput:
         return self._running.pop(row).output(reason, int(self._peak_B[row]))
+
+
+def _placed(model: nn.Module, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Module:
+    """`model` on the device with its parameters cast; unlike ``Module.to`` this leaves buffers in their precision.
+
+    RoPE's frequencies are a float32 buffer: in bfloat16 they would turn every position by another angle than the
+    learner's.
+    """
+    if device is not None:
+        model = model.to(device)
+    if dtype is not None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _eos_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:

@@ -40,11 +40,14 @@ class RolloutServer:
         self.replica_rank, self.global_steps = replica_rank, 0
         self.stop_token_ids = _stop_token_ids(model_config)
         self.requests = itertools.count()
+        dtype = PrecisionType.to_dtype(self.config.dtype)
         engine = RolloutEngine(
-            _build_model(model_config, PrecisionType.to_dtype(self.config.dtype), device, self.config.load_format),
+            _build_model(model_config, dtype, device, self.config.load_format),
             max_num_seqs=self.config.max_num_seqs,
             max_prompt_length=self.config.prompt_length,
             max_response_length=self.config.response_length,
+            dtype=dtype,
+            device=device,
             compile=options.get("compile", False),
             cuda_graph=not self.config.enforce_eager,
         )
@@ -190,7 +193,7 @@ def _build_model(model_config: Any, dtype: torch.dtype, device: str, load_format
             dtype=dtype,
             trust_remote_code=model_config.trust_remote_code,
         )
-    return attach(model, model_config.pte).to(device=device, dtype=dtype)
+    return attach(model, model_config.pte)
 
 
 def _stop_token_ids(model_config: Any) -> tuple[int, ...]:
