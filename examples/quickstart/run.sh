@@ -2,7 +2,7 @@
 # Quickstart: GRPO with Progressive Thought Encoding through stock verl, on a CPU (2 cores, 8 GB).
 #
 #   bash examples/quickstart/run.sh                 about 6 minutes; fails unless the reward rises
-#   bash examples/quickstart/run.sh --short         about 3 minutes; 3 steps, no demand on the reward
+#   bash examples/quickstart/run.sh --short         about 2 minutes; 3 steps, no demand on the reward
 #   bash examples/quickstart/run.sh trainer.logger='[console,file,tensorboard]'     further arguments go to verl
 #
 # Makes a tiny model that knows a generated task in part, trains it, and reports. See README.md beside this file.
