@@ -157,8 +157,9 @@ class Replay:
         reach = max(self.plan.run_lens) if self.schedule.window is None else self.schedule.window + self.schedule.chunk
         rings = [GradientRing(pinned_max + reach + 1, store) for store in self.stores]  # one slot more for padding
 
+        pinned_B1 = torch.tensor([[self.schedule.pinned(p)] for p in self.plan.prompt_lens], device=self.device)
+
         def slots(positions: Tensor) -> Tensor:
-            pinned_B1 = torch.tensor([[self.schedule.pinned(p)] for p in self.plan.prompt_lens], device=self.device)
             return torch.where(positions < pinned_B1, positions, pinned_max + (positions - pinned_B1) % reach)
 
         d_states: list[Tensor | None] = [None] * self.num_layers

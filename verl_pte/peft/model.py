@@ -23,7 +23,7 @@ from verl_pte.core.cache import ThoughtCache
 from verl_pte.peft.layer import MERGE_REFUSED, PTELinear, ThoughtEncoderLayer
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
-_ATTENTION = ("sdpa", "eager")
+ATTENTION = ("sdpa", "eager")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -146,9 +146,9 @@ def _check_base(model: nn.Module, config: PTEConfig) -> None:
             "would disagree; use a model with a fixed one (default, linear, llama3, yarn)"
         )
     attention = model_config._attn_implementation
-    if attention not in _ATTENTION:
+    if attention not in ATTENTION:
         raise ValueError(
-            f"attn_implementation={attention!r}: PTE passes a 4D mask, which needs one of {', '.join(_ATTENTION)}; "
+            f"attn_implementation={attention!r}: PTE passes a 4D mask, which needs one of {', '.join(ATTENTION)}; "
             "load the model with attn_implementation='sdpa'"
         )
     if isinstance(config.target_modules, set):

@@ -16,7 +16,6 @@ from typing import Any
 from verl.workers.config import HFModelConfig
 
 MODEL_TYPE = "pte_language_model"
-_ATTENTION = ("sdpa", "eager")
 _TARGETS = "model.pte.target_modules"
 
 
@@ -152,9 +151,11 @@ def check_model_settings(model: Any, pte: Any) -> None:
             "it as the sign that the reference policy is the actor without its adapter; write `lora: "
             "{rank: ${..pte.rank}}`. " + why
         )
+    from verl_pte.peft.model import ATTENTION
+
     attention = (model.get("override_config", None) or {}).get("attn_implementation", "sdpa")
-    if attention not in _ATTENTION:
+    if attention not in ATTENTION:
         raise ValueError(
-            f"model.override_config.attn_implementation={attention!r}: must be one of {', '.join(_ATTENTION)}, "
+            f"model.override_config.attn_implementation={attention!r}: must be one of {', '.join(ATTENTION)}, "
             "which take a 4D mask"
         )
