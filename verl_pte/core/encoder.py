@@ -112,12 +112,14 @@ class ThoughtEncoder(nn.Module):
 
     def encode(self, k_BEK: Tensor, v_BEK: Tensor) -> Tensor:
         """S' of the evicted tokens, before any scaling: float32 [B, R, R]."""
-        linear, device = nn.functional.linear, k_BEK.device
-        W_Q, W_K, W_V = (self._matrix(name) for name in ("W_Q", "W_K", "W_V"))
-        q_RR = linear(self._matrix("global_queries"), W_Q).float()
-        k_BER = linear(k_BEK.to(W_K.dtype), W_K).float()
-        v_BER = linear(v_BEK.to(W_V.dtype), W_V).float()
-        with torch.autocast(device.type, enabled=False):
+        linear = nn.functional.linear
+        W_K, W_V = self._matrix("W_K"), self._matrix("W_V")
+        return self.attend(linear(k_BEK.to(W_K.dtype), W_K).float(), linear(v_BEK.to(W_V.dtype), W_V).float())
+
+    def attend(self, k_BER: Tensor, v_BER: Tensor) -> Tensor:
+        """S' from projected keys and values, float32 both; what a rank that holds some of the heads has summed up."""
+        q_RR = nn.functional.linear(self._matrix("global_queries"), self._matrix("W_Q")).float()
+        with torch.autocast(k_BER.device.type, enabled=False):
             scores_BRE = q_RR @ k_BER.transpose(-1, -2)
             if self.attention == "softmax":
                 scores_BRE = (scores_BRE / math.sqrt(self.rank)).softmax(-1)

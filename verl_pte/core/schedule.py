@@ -105,6 +105,10 @@ class Schedule:
         """
         return self.pinned(prompt_len) + segment * self.chunk
 
+    def evicted_before(self, prompt_len: int, position: int) -> int:
+        """Tokens that have left once the token at `position` runs."""
+        return self.segment(prompt_len, position) * self.chunk
+
     def visible_before(self, prompt_len: int, position: int) -> list[int]:
         """Positions the token at `position` sees before itself, oldest first: the pinned ones, then the window."""
         first = self.first_visible_thought(prompt_len, self.segment(prompt_len, position))

@@ -128,9 +128,9 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _check_base(model: nn.Module, config: PTEConfig) -> None:
-    model_config: Any = getattr(model, "config", None)
-    kind = getattr(model_config, "model_type", type(model).__name__)
+def check_architecture(model_config: Any) -> None:
+    """Raise ValueError unless PTE supports the transformers config's architecture, attention span and RoPE."""
+    kind = getattr(model_config, "model_type", type(model_config).__name__)
     if kind not in ARCHITECTURES:
         raise ValueError(f"model_type={kind!r}: PTE supports {', '.join(ARCHITECTURES)}")
     layer_types = getattr(model_config, "layer_types", None) or ()
@@ -145,6 +145,11 @@ def _check_base(model: nn.Module, config: PTEConfig) -> None:
             f"rope_type={rope_type!r}: changes the rotation with the length seen so far: cached keys and a replay "
             "would disagree; use a model with a fixed one (default, linear, llama3, yarn)"
         )
+
+
+def _check_base(model: nn.Module, config: PTEConfig) -> None:
+    model_config: Any = getattr(model, "config", model)
+    check_architecture(model_config)
     attention = model_config._attn_implementation
     if attention not in ATTENTION:
         raise ValueError(
@@ -156,7 +161,8 @@ def _check_base(model: nn.Module, config: PTEConfig) -> None:
         unknown = sorted(t for t in config.target_modules if t.rpartition(".")[2] not in linears)
         if unknown:
             raise ValueError(
-                f"target_modules={unknown}: no such linear in a {kind} decoder layer, which has {sorted(linears)}"
+                f"target_modules={unknown}: no such linear in a {model_config.model_type} decoder layer, which has "
+                f"{sorted(linears)}"
             )
 
 

@@ -1,0 +1,62 @@
+"""vLLM's workers, with a model runner that keeps thought states up to date.
+
+`PTEWorker` is what ``worker_cls`` names; it is the CPU's or the GPU's worker, whichever the platform has. vLLM has no
+way to name a runner class, so the runner a worker has built is given a subclass of its own class: the same object, two
+methods of which do a little more.
+"""
+
+from typing import Any
+
+from vllm.platforms import current_platform
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from verl_pte.vllm.settings import check
+
+if current_platform.is_cpu():
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner as _Runner
+    from vllm.v1.worker.cpu_worker import CPUWorker as _Worker
+else:
+    from vllm.v1.worker.gpu_worker import Worker as _Worker
+
+    _Runner = GPUModelRunner
+
+
+class PTEModelRunner(_Runner):
+    """vLLM's first model runner, on CPUs and GPUs."""
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        thoughts = self.get_model().thoughts
+        # Resumed requests are new to their slots, also where they were preempted and resumed within one step.
+        thoughts.release(scheduler_output.finished_req_ids)
+        thoughts.release(scheduler_output.preempted_req_ids or ())
+        thoughts.release(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        return super()._update_states(scheduler_output)
+
+    def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
+        """vLLM's preparation, after which the block tables are current; then the states, before anything is written."""
+        prepared = super()._prepare_inputs(scheduler_output, num_scheduled_tokens)
+        batch = self.input_batch
+        size = batch.num_reqs
+        self.get_model().thoughts.prepare(
+            batch.req_ids,
+            batch.num_prompt_tokens[:size].tolist(),
+            batch.num_computed_tokens_cpu[:size].tolist(),
+            num_scheduled_tokens,
+            batch.block_table[0].get_numpy_array(),
+        )
+        return prepared
+
+    def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        self.get_model().thoughts.idle()
+        return super()._dummy_run(*args, **kwargs)
+
+
+class PTEWorker(_Worker):
+    """The platform's worker with a PTEModelRunner."""
+
+    def init_device(self) -> None:
+        """vLLM's, then the runner becomes ours."""
+        check(self.vllm_config)
+        super().init_device()
+        assert type(self.model_runner) is _Runner, "settings.check asks for vLLM's first model runner"
+        self.model_runner.__class__ = PTEModelRunner
