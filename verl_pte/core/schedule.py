@@ -66,6 +66,10 @@ class Schedule:
         """Tokens never evicted: the prompt and the thought tokens that share its last block."""
         return self._round_up(prompt_len)
 
+    def blocks(self, num_tokens: int) -> int:
+        """Cache blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
     def cache_limit(self, prompt_len: int) -> int | None:
         """Most tokens a layer may hold for this prompt: pinned + W; None without a window."""
         return None if self.window is None else self.pinned(prompt_len) + self.window
@@ -146,4 +150,4 @@ class Schedule:
         return out
 
     def _round_up(self, n: int) -> int:
-        return -(-n // self.block_size) * self.block_size
+        return self.blocks(n) * self.block_size

@@ -46,7 +46,9 @@ class TokenStates(nn.Module):
     def __init__(self, num_layers: int, num_slots: int, max_tokens: int, rank: int) -> None:
         super().__init__()
         # Called under vLLM's default device.
-        self.register_buffer("by_layer_LSRR", torch.zeros(num_layers, num_slots, rank, rank, dtype=torch.float32), False)
+        self.register_buffer(
+            "by_layer_LSRR", torch.zeros(num_layers, num_slots, rank, rank, dtype=torch.float32), False
+        )
         self.register_buffer("slots_T", torch.zeros(max_tokens, dtype=torch.long), False)
 
     def of_tokens(self, layer: int, num_tokens: int) -> Tensor:

@@ -9,13 +9,13 @@ Run on the CPU backend. For FlashAttention, FlashInfer and Triton the same build
 vLLM 0.27.1's source and its metadata is tested, but it has not run on a GPU. CUDA graphs are piecewise: attention
 itself runs outside them, because the compacted tables are new tensors each step.
 
-Shape suffixes: B requests, P blocks, E evicted tokens, K kv heads x head_dim, D head_dim, H kv heads, T tokens of a block.
+Shape suffixes: B requests, P blocks, E evicted tokens, K kv heads x head_dim, D head_dim, H kv heads, T tokens of a
+block.
 """
 
 import functools
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.config import CacheConfig, VllmConfig
@@ -38,39 +38,34 @@ PACKED_LAYOUT = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 
 
 class Gaps:
-    """Where the requests of the batch under way have a gap, in blocks: host arrays and their copy on the device.
+    """Where the requests of the batch under way have a gap: on the host, and a copy on the device.
 
-    Rows are those of vLLM's input batch. One object is shared by all layers of a model.
+    Rows are those of vLLM's input batch; the columns of both tensors are the blocks before the gap, the blocks in it,
+    and the tokens in it. One object is shared by all layers of a model.
     """
 
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
-        self.first_B = np.zeros(max_num_seqs, dtype=np.int32)  # blocks before the gap: the pinned ones
-        self.length_B = np.zeros(max_num_seqs, dtype=np.int32)
-        self.first_on_device_B = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
-        self.length_on_device_B = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self.host_B3 = torch.zeros(max_num_seqs, 3, dtype=torch.int32)
+        self.device_B3 = torch.zeros(max_num_seqs, 3, dtype=torch.int32, device=device)
 
-    def set(self, first: list[int], length: list[int]) -> None:
+    def set(self, rows: list[tuple[int, int, int]]) -> None:
         """Describe a batch; rows behind it have no gap."""
-        for host_B, device_B, values in (
-            (self.first_B, self.first_on_device_B, first),
-            (self.length_B, self.length_on_device_B, length),
-        ):
-            host_B[:] = 0
-            host_B[: len(values)] = values
-            device_B.copy_(torch.from_numpy(host_B))
+        self.host_B3.zero_()
+        if rows:
+            self.host_B3[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
+        self.device_B3.copy_(self.host_B3)
 
 
 def without_gaps(metadata: CommonAttentionMetadata, gaps: Gaps, block_size: int) -> CommonAttentionMetadata:
     """`metadata` as a cache without evicted blocks would have it; the same object where nothing is evicted."""
     size = len(metadata.seq_lens)
-    if not gaps.length_B[:size].any():
+    if not gaps.host_B3[:size, 2].any():
         return metadata
-    first_B1, length_B1 = gaps.first_on_device_B[:size, None], gaps.length_on_device_B[:size, None]
-    evicted_B = length_B1[:, 0] * block_size
-    seq_lens_B = metadata.seq_lens - evicted_B.to(metadata.seq_lens.dtype)
+    first_B1, length_B1, evicted_B1 = gaps.device_B3[:size].split(1, dim=1)
+    seq_lens_B = metadata.seq_lens - evicted_B1[:, 0]
     on_host_B = metadata.seq_lens_cpu_upper_bound
     assert on_host_B is not None, "vLLM's model runner gives the lengths on the host"
-    on_host_B = on_host_B[:size] - torch.from_numpy(gaps.length_B[:size] * block_size)
+    on_host_B = on_host_B[:size] - gaps.host_B3[:size, 2]
     max_seq_len = int(on_host_B.max())
     table_BP = metadata.block_table_tensor
     columns = torch.arange(cdiv(max_seq_len, block_size), device=table_BP.device)[None]
@@ -106,9 +101,7 @@ def bounded_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         ) -> Any:
             layers = self.vllm_config.compilation_config.static_forward_context
             gaps = layers[self.layer_names[0]].gaps
-            return super().build(
-                0, without_gaps(common_attn_metadata, gaps, self.kv_cache_spec.block_size), fast_build
-            )
+            return super().build(0, without_gaps(common_attn_metadata, gaps, self.kv_cache_spec.block_size), fast_build)
 
     return subclass_attention_backend("Bounded", base, BoundedBuilder)
 
@@ -151,7 +144,7 @@ class BoundedAttention(Attention):
             )
         if getattr(self.impl, "isa", None) == "amx":
             raise ValueError(
-                "block_size: must be 16 in bfloat16 on a CPU with AMX, whose kernels store larger blocks in another order"
+                "block_size: must be 16 in bfloat16 on a CPU with AMX, whose kernels order larger blocks otherwise"
             )
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
@@ -184,10 +177,10 @@ def read_packed_blocks(cache: Tensor, blocks_BP: Tensor) -> tuple[Tensor, Tensor
 
 def read_cpu_blocks(cache: Tensor, blocks_BP: Tensor) -> tuple[Tensor, Tensor]:
     """From the CPU backend's layout: [blocks, H, 2, T D], a head's keys transposed [D, T], then its values [T, D]."""
-    num_heads, block_size, double_head_dim = cache.shape[1:]
+    num_heads, num_tokens, double_head_dim = cache.shape[1:]
     head_dim = double_head_dim // 2
-    halves = cache[blocks_BP].reshape(*blocks_BP.shape, num_heads, 2, block_size * head_dim)
-    k_BPHDT = halves[..., 0, :].unflatten(-1, (head_dim, block_size))
-    v_BPHTD = halves[..., 1, :].unflatten(-1, (block_size, head_dim))
+    halves = cache[blocks_BP].reshape(*blocks_BP.shape, num_heads, 2, num_tokens * head_dim)
+    k_BPHDT = halves[..., 0, :].unflatten(-1, (head_dim, num_tokens))
+    v_BPHTD = halves[..., 1, :].unflatten(-1, (num_tokens, head_dim))
     k_BPTHD, v_BPTHD = k_BPHDT.permute(0, 1, 4, 2, 3), v_BPHTD.permute(0, 1, 3, 2, 4)
     return k_BPTHD.flatten(3).flatten(1, 2), v_BPTHD.flatten(3).flatten(1, 2)

@@ -12,7 +12,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -34,9 +33,8 @@ class ThoughtSpec(FullAttentionSpec):
 
     def max_blocks(self, max_model_len: int) -> int:
         """Most blocks one request ever holds."""
-        full = cdiv(max_model_len, self.block_size)
         limit = self.schedule.cache_limit(self.max_prompt_length or max_model_len)
-        return full if limit is None else min(full, cdiv(limit, self.block_size))
+        return self.schedule.blocks(max_model_len if limit is None else min(max_model_len, limit))
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Bytes one request may need, and the pool's null block, which no request can have."""
@@ -53,7 +51,7 @@ class ThoughtSpec(FullAttentionSpec):
 class Holding:
     """What one request holds and held."""
 
-    freed_blocks: int = 0
+    evicted: int = 0  # tokens whose blocks were given back
     peak_tokens: int = 0
     peak_blocks: int = 0
 
@@ -77,12 +75,14 @@ class ThoughtCacheManager(FullAttentionManager):
     ) -> None:
         """Free the blocks of what has left once the token at `processed_computed_tokens` runs."""
         assert num_prompt_tokens is not None, "vLLM's scheduler passes the prompt's length"
-        evicted = self.schedule.evicted_before(num_prompt_tokens, processed_computed_tokens) // self.block_size
+        evicted = self.schedule.evicted_before(num_prompt_tokens, processed_computed_tokens)
         holding = self.holdings[request_id]
-        if evicted > holding.freed_blocks and request_id in self.req_to_blocks:
-            first = self.schedule.pinned(num_prompt_tokens) // self.block_size
-            self._remove_blocks_in_range(request_id, first, first + evicted)
-            holding.freed_blocks = evicted
+        if evicted > holding.evicted and request_id in self.req_to_blocks:
+            pinned = self.schedule.pinned(num_prompt_tokens)
+            self._remove_blocks_in_range(
+                request_id, self.schedule.blocks(pinned), self.schedule.blocks(pinned + evicted)
+            )
+            holding.evicted = evicted
 
     def cache_blocks(self, request: Any, num_tokens: int, retention_interval: int | None = None) -> None:
         """Put full prompt blocks into the prefix cache, and no others."""
@@ -91,15 +91,16 @@ class ThoughtCacheManager(FullAttentionManager):
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[Any]:
         """vLLM's allocation, and a look at what the request holds after it."""
         new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
-        holding, blocks = self.holdings[request_id], self.req_to_blocks[request_id]
-        holding.peak_tokens = max(holding.peak_tokens, num_tokens - holding.freed_blocks * self.block_size)
-        holding.peak_blocks = max(holding.peak_blocks, len(blocks) - holding.freed_blocks)
+        holding = self.holdings[request_id]
+        held = sum(not block.is_null for block in self.req_to_blocks[request_id])
+        holding.peak_blocks = max(holding.peak_blocks, held)
+        holding.peak_tokens = max(holding.peak_tokens, num_tokens - holding.evicted)
         return new
 
     def pop_blocks_for_free(self, request_id: str) -> list[Any]:
         """All blocks of a finished or preempted request; a preempted one starts again from nothing."""
         if request_id in self.holdings:
-            self.holdings[request_id].freed_blocks = 0
+            self.holdings[request_id].evicted = 0
         return super().pop_blocks_for_free(request_id)
 
 

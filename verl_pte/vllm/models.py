@@ -49,7 +49,9 @@ class ThoughtModel(nn.Module):
         device = next(self.parameters()).device
         self.token_states: TokenStates | None = None
         if not config.freeze_state:
-            tokens = max(scheduler.max_num_batched_tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+            tokens = max(
+                scheduler.max_num_batched_tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0
+            )
             self.token_states = TokenStates(len(layers), scheduler.max_num_seqs + 1, tokens, config.rank)
         gaps = Gaps(scheduler.max_num_seqs, device)
         self.adapters: list[LayerAdapter] = []
@@ -90,13 +92,13 @@ class ThoughtModel(nn.Module):
         unknown = [name for name, tensor in tensors.items() if not self._take(name, tensor)]
         if unknown:
             raise ValueError(f"adapter={folder}: {unknown[0]!r} is not a tensor of a PTE adapter")
-        expected = sum(2 * len(linear.index) for linear in self.adapters[0].linears.values())  # type: ignore[arg-type]
+        expected = sum(2 * len(linear.index) for linear in self.adapters[0].linears.values())
         if self.adapters[0].encoder is not None:
             expected += len(list(self.adapters[0].encoder.children()))
         if len(tensors) != expected * len(self.adapters):
             raise ValueError(
-                f"adapter={folder}: has {len(tensors)} tensors, the settings make {expected * len(self.adapters)}; leave "
-                "pte out to use those the adapter was saved with"
+                f"adapter={folder}: has {len(tensors)} tensors, the settings make {expected * len(self.adapters)}; "
+                "leave pte out to use those the adapter was saved with"
             )
 
     @torch.no_grad()
@@ -108,8 +110,8 @@ class ThoughtModel(nn.Module):
         adapter = self.adapters[place.layer] if place.layer < len(self.adapters) else None
         if adapter is not None and place.linear is not None:
             for linear in adapter.linears.values():
-                if place.linear in linear.index:  # type: ignore[operator]
-                    linear.load(place.linear, place.matrix, tensor)  # type: ignore[operator]
+                if place.linear in linear.index:
+                    linear.load(place.linear, place.matrix, tensor)
                     return True
         elif adapter is not None and adapter.encoder is not None and hasattr(adapter.encoder, place.matrix):
             own = getattr(adapter.encoder, place.matrix).weight

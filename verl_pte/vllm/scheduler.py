@@ -21,12 +21,11 @@ from verl_pte.vllm.settings import Settings, check
 _logger = logging.getLogger("vllm.verl_pte")
 
 
-class _BoundedScheduling:
-    """What both schedulers share."""
+class PTEScheduler(Scheduler):
+    """One step at a time."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self: Any
         check(self.vllm_config)
         self.settings = Settings.of(self.vllm_config)
         self.schedule_of_evictions = self.settings.pte.schedule()
@@ -38,13 +37,12 @@ class _BoundedScheduling:
         needed, there = manager.kv_cache_spec.max_blocks(self.max_model_len), self.kv_cache_config.num_blocks - 1
         if needed > there:
             raise ValueError(
-                f"num_gpu_blocks={there} usable: must be at least {needed}, what one request may hold (pinned + window); "
-                "give the cache more memory, set a smaller max_prompt_length, or a smaller model.pte.window"
+                f"num_gpu_blocks={there} usable: must be at least {needed}, what one request may hold (pinned + "
+                "window); give the cache more memory, set a smaller max_prompt_length, or a smaller model.pte.window"
             )
 
     def add_request(self, request: Any) -> None:
         """Queue a request; one with too long a prompt ends with an error, the others go on."""
-        self: Any
         # The hashes of its prompt are there already. Those of its answer could match blocks of a longer prompt (the
         # next turn of a chat) when it comes back from preemption, and those were computed without a thought state.
         request._block_hasher = None
@@ -62,7 +60,6 @@ class _BoundedScheduling:
     def _mamba_block_aligned_split(
         self, request: Any, num_new_tokens: int, num_new_local_computed_tokens: int = 0, *args: Any, **kwargs: Any
     ) -> int:
-        self: Any
         prompt_len = request.num_prompt_tokens
         start = request.num_computed_tokens + num_new_local_computed_tokens
         # vLLM frees by what has been processed, which lags behind under async scheduling. Steps run in order on the
@@ -73,7 +70,6 @@ class _BoundedScheduling:
         return num_new_tokens if boundary is None else min(num_new_tokens, boundary - start)
 
     def _connector_finished(self, request: Any) -> tuple[bool, dict[str, Any] | None]:
-        self: Any
         holding = self.thought_cache.holdings.pop(request.request_id, None)
         if holding is None:
             return False, None
@@ -89,11 +85,7 @@ class _BoundedScheduling:
         return False, {"pte": facts}
 
 
-class PTEScheduler(_BoundedScheduling, Scheduler):
-    """One step at a time."""
-
-
-class PTEAsyncScheduler(_BoundedScheduling, AsyncScheduler):
+class PTEAsyncScheduler(PTEScheduler, AsyncScheduler):
     """Schedules a step while the one before it runs."""
 
 

@@ -112,8 +112,8 @@ def use_first_model_runner() -> None:
     """
     if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
         raise ValueError(
-            f"VLLM_USE_V2_MODEL_RUNNER={os.environ['VLLM_USE_V2_MODEL_RUNNER']}: must be 0 or unset, PTE extends vLLM's "
-            "first model runner"
+            f"VLLM_USE_V2_MODEL_RUNNER={os.environ['VLLM_USE_V2_MODEL_RUNNER']}: must be 0 or unset, PTE extends "
+            "vLLM's first model runner"
         )
 
 
@@ -132,11 +132,15 @@ def check(vllm_config: Any) -> None:
     require("decode_context_parallel_size", parallel.decode_context_parallel_size, 1, one)
     require("prefill_context_parallel_size", parallel.prefill_context_parallel_size, 1, one)
     require("enable_dbo", parallel.enable_dbo, False, "its half-batches would share one set of block tables")
-    require("speculative_config", vllm_config.speculative_config, None, "rejected tokens cannot be taken out of a state")
+    require(
+        "speculative_config", vllm_config.speculative_config, None, "rejected tokens cannot be taken out of a state"
+    )
     require("enable_lora", vllm_config.lora_config is not None, False, "the PTE adapter is the adapter")
     require("kv_transfer_config", vllm_config.kv_transfer_config, None, "thought states do not travel with KV blocks")
     if cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
-        raise ValueError(f"kv_cache_dtype={cache.cache_dtype!r}: must be auto, the encoder reads keys as they were written")
+        raise ValueError(
+            f"kv_cache_dtype={cache.cache_dtype!r}: must be auto, the encoder reads keys as they were written"
+        )
     use_v2 = vllm_config.use_v2_model_runner
     require("VLLM_USE_V2_MODEL_RUNNER", bool(use_v2), False, "PTE extends vLLM's first model runner")
     if not vllm_config.scheduler_config.enable_chunked_prefill:

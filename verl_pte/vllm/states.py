@@ -53,7 +53,7 @@ class ThoughtStates:
 
     def idle(self) -> None:
         """No request runs: what follows is a warm-up."""
-        self.gaps.set([], [])
+        self.gaps.set([])
         if self.states is not None:
             self.states.slots_T.zero_()
 
@@ -73,7 +73,7 @@ class ThoughtStates:
         fresh: list[int] = []
         evicting: list[int] = []
         blocks: list[np.ndarray] = []
-        first, length, block_size = [], [], self.schedule.block_size
+        gaps: list[tuple[int, int, int]] = []
         for i, (request_id, prompt_len, start) in enumerate(zip(request_ids, prompt_lens, starts, strict=True)):
             end = start + int(counts[i])
             segment = self.schedule.segment(prompt_len, start)
@@ -88,10 +88,10 @@ class ThoughtStates:
             evicted = self.schedule.evicted_at(prompt_len, start)
             if evicted is not None:
                 evicting.append(self.slots[request_id])
-                blocks.append(block_table[i, evicted[0] // block_size : evicted[1] // block_size])
-            first.append(self.schedule.pinned(prompt_len) // block_size)
-            length.append(self.schedule.evicted_before(prompt_len, start) // block_size)
-        self.gaps.set(first, length)
+                blocks.append(block_table[i, self.schedule.blocks(evicted[0]) : self.schedule.blocks(evicted[1])])
+            gone = self.schedule.evicted_before(prompt_len, start)
+            gaps.append((self.schedule.blocks(self.schedule.pinned(prompt_len)), self.schedule.blocks(gone), gone))
+        self.gaps.set(gaps)
         if self.states is not None:
             self._tell_tokens(np.repeat([self.slots[request_id] for request_id in request_ids], counts))
             self._update(self.states, fresh, evicting, blocks)
