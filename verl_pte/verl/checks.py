@@ -4,11 +4,12 @@ Every message names the key, its value and what would be right. Settings of the 
 it (config.py); here are those between blocks, and what only the model's own config file can tell.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-from verl_pte.verl.components import AGENT_LOOP, MODEL_TARGET, RESERVED_ROLLOUT, ROLLOUT, is_pte_model
+from verl_pte.verl.components import AGENT_LOOP, MODEL_TARGET, ROLLOUT, ROLLOUTS, VLLM_ROLLOUT, is_pte_model
 from verl_pte.verl.config import check_model_settings, parse_pte_block, require_plugin
+from verl_pte.verl.requirement import plain, require
+from verl_pte.verl.vllm_checks import check_vllm_rollout
 
 # Options of verl's rollout block that only vLLM, SGLang or TensorRT-LLM read: with the native engine they have to keep
 # verl's defaults, so that nobody believes they do something.
@@ -43,25 +44,24 @@ def check_run(config: Any) -> None:
     """Raise ValueError (RuntimeError for the installation) if a run that mentions PTE cannot work."""
     require_plugin()
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
-    if rollout.name == RESERVED_ROLLOUT:
-        raise ValueError(
-            f"actor_rollout_ref.rollout.name={RESERVED_ROLLOUT}: must be {ROLLOUT}, the native engine; the name is "
-            "reserved, this version has no vLLM engine"
-        )
     if not is_pte_model(model):
         raise ValueError(
             f"actor_rollout_ref.rollout.name={rollout.name}: serves PTE models only; set "
             f"actor_rollout_ref.model._target_={MODEL_TARGET} (recipes/pte_grpo.yaml does), or use rollout.name=vllm"
         )
-    if rollout.name != ROLLOUT:
+    if rollout.name not in ROLLOUTS:
         raise ValueError(
             f"actor_rollout_ref.rollout.name={rollout.name}: cannot serve a PTE model, whose cache and thought state "
-            f"it does not know; must be {ROLLOUT}"
+            f"it does not know; must be {ROLLOUT} (the native engine) or {VLLM_ROLLOUT}"
         )
-    pte = parse_pte_block(_plain(model.get("pte", {})))
+    pte = parse_pte_block(plain(model.get("pte", {})))
     check_model_settings(model, pte)
     _check_trainer(config)
-    _check_native_rollout(rollout)
+    _check_lengths(rollout)
+    if rollout.name == VLLM_ROLLOUT:
+        check_vllm_rollout(config, pte)
+    else:
+        _check_native_rollout(rollout)
     _check_model_files(config, pte)
 
 
@@ -71,19 +71,19 @@ def _check_trainer(config: Any) -> None:
         "the legacy trainer does not tell the agent loop which of a prompt's responses it generates, and all n of them "
         "would be sampled with one seed"
     )
-    _require(config, "trainer.use_v1", True, why, prefix="")
+    require(config, "trainer.use_v1", True, why, prefix="")
     _check_strategy(config)
     for key in ("actor.ulysses_sequence_parallel_size", "actor.fsdp_config.ulysses_sequence_parallel_size"):
-        _require(
+        require(
             config.actor_rollout_ref, key, 1, "the replay runs a sequence's segments one after the other on one rank"
         )
     why = "under FSDP2's own offloading parameters are never where the replay computes; use param_offload instead"
-    _require(config.actor_rollout_ref, "actor.fsdp_config.offload_policy", False, why)
+    require(config.actor_rollout_ref, "actor.fsdp_config.offload_policy", False, why)
     why = "the replay's adapted linears bypass quantization-aware training"
-    _require(config.actor_rollout_ref, "actor.fsdp_config.qat.enable", False, why)
-    _require(config.actor_rollout_ref, "actor.qat.enable", False, why)
-    _require(config.actor_rollout_ref, "actor.use_prefix_grouper", False, "it needs packed sequences")
-    _require(
+    require(config.actor_rollout_ref, "actor.fsdp_config.qat.enable", False, why)
+    require(config.actor_rollout_ref, "actor.qat.enable", False, why)
+    require(config.actor_rollout_ref, "actor.use_prefix_grouper", False, "it needs packed sequences")
+    require(
         config.actor_rollout_ref,
         "actor.calculate_sum_pi_squared",
         False,
@@ -105,7 +105,7 @@ def _check_trainer(config: Any) -> None:
             "part of the prompt, which PTE would never evict: rollout and learner would see different caches"
         )
     why = "a later turn would make earlier answers part of the prompt, which PTE never evicts"
-    _require(config.actor_rollout_ref, "rollout.multi_turn.enable", False, why)
+    require(config.actor_rollout_ref, "rollout.multi_turn.enable", False, why)
     loop = rollout.agent.get("default_agent_loop", AGENT_LOOP)
     if loop not in (AGENT_LOOP, "single_turn_agent"):
         raise ValueError(f"actor_rollout_ref.rollout.agent.default_agent_loop={loop}: must be {AGENT_LOOP}; {why}")
@@ -133,17 +133,20 @@ def _check_strategy(config: Any) -> None:
         )
 
 
+def _check_lengths(rollout: Any) -> None:
+    for name, value in (
+        ("data.max_prompt_length", rollout.prompt_length),
+        ("data.max_response_length", rollout.response_length),
+        ("actor_rollout_ref.rollout.max_num_seqs", rollout.max_num_seqs),
+    ):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
+
+
 def _check_native_rollout(rollout: Any) -> None:
     from verl.workers.config import RolloutConfig
 
     prefix = "actor_rollout_ref.rollout."
-    for name, value in (
-        ("data.max_prompt_length", rollout.prompt_length),
-        ("data.max_response_length", rollout.response_length),
-        (f"{prefix}max_num_seqs", rollout.max_num_seqs),
-    ):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
     why = "the native engine is data parallel: one replica on each device"
     for key in (
         "tensor_model_parallel_size",
@@ -152,11 +155,11 @@ def _check_native_rollout(rollout: Any) -> None:
         "expert_parallel_size",
         "moe_tensor_parallel_size",
     ):
-        _require(rollout, key, 1, why, prefix=prefix)
+        require(rollout, key, 1, why, prefix=prefix)
     why = "the training workers hand their weights to the server beside them"
-    _require(rollout, "checkpoint_engine.backend", "naive", why, prefix=prefix)
+    require(rollout, "checkpoint_engine.backend", "naive", why, prefix=prefix)
     why = "every response has a seed of its own already, and verl would give all requests one id"
-    _require(rollout, "full_determinism", False, why, prefix=prefix)
+    require(rollout, "full_determinism", False, why, prefix=prefix)
     if rollout.get("load_format", "auto") not in ("auto", "dummy"):
         raise ValueError(
             f"{prefix}load_format={rollout.load_format}: must be auto (the server reads the base model itself) or "
@@ -165,7 +168,7 @@ def _check_native_rollout(rollout: Any) -> None:
     for engine, options in (rollout.get("engine_kwargs", None) or {}).items():
         if engine != ROLLOUT and options:
             raise ValueError(
-                f"actor_rollout_ref.rollout.engine_kwargs.{engine}={_plain(options)}: must be empty, the native engine "
+                f"actor_rollout_ref.rollout.engine_kwargs.{engine}={plain(options)}: must be empty, the native engine "
                 f"has no {engine} options; its own are in engine_kwargs.pte (num_threads, compile)"
             )
         for key in () if engine != ROLLOUT else options or ():
@@ -176,11 +179,11 @@ def _check_native_rollout(rollout: Any) -> None:
                 )
     why = "this is an option of other engines that the native one does not have (max_num_seqs sets its memory)"
     for key in ("disaggregation.enabled", "mtp.enable_rollout", "prometheus.enable"):
-        _require(rollout, key, False, why, prefix=prefix)
-    _require(rollout, "server", None, why, prefix=prefix)
+        require(rollout, key, False, why, prefix=prefix)
+    require(rollout, "server", None, why, prefix=prefix)
     defaults = RolloutConfig(name=ROLLOUT)
     for key in _OPTIONS_OF_OTHER_ENGINES:
-        _require(rollout, key, getattr(defaults, key), why, prefix=prefix)
+        require(rollout, key, getattr(defaults, key), why, prefix=prefix)
 
 
 def _check_model_files(config: Any, pte: Any) -> None:
@@ -192,7 +195,7 @@ def _check_model_files(config: Any, pte: Any) -> None:
     from verl_pte.peft import attach
 
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
-    override = _plain(model.get("override_config", None) or {})
+    override = plain(model.get("override_config", None) or {})
     path = copy_to_local(model.get("hf_config_path", None) or model.path, use_shm=model.get("use_shm", False))
     hf_config = AutoConfig.from_pretrained(
         path,
@@ -210,21 +213,3 @@ def _check_model_files(config: Any, pte: Any) -> None:
         )
     with torch.device("meta"):  # attach knows which architectures and modules it takes; no weights are needed to ask it
         attach(AutoModelForCausalLM.from_config(hf_config), pte)
-
-
-def _require(block: Any, key: str, right: Any, why: str, prefix: str = "actor_rollout_ref.") -> None:
-    value: Any = block
-    for part in key.split("."):
-        if value is None or part not in value:
-            return
-        value = value[part]
-    if value != right:
-        raise ValueError(f"{prefix}{key}={value!r}: must be {right!r}, {why}")
-
-
-def _plain(block: Any) -> Any:
-    from omegaconf import OmegaConf
-
-    if OmegaConf.is_config(block):
-        return OmegaConf.to_container(block, resolve=True)
-    return dict(block) if isinstance(block, Mapping) else block

@@ -9,17 +9,17 @@ from typing import Any
 
 MODEL_TARGET = "verl_pte.verl.config.PTEModelConfig"
 ROLLOUT = "pte"
-RESERVED_ROLLOUT = "pte_vllm"  # nothing registers it in this version
+VLLM_ROLLOUT = "pte_vllm"
 AGENT_LOOP = "pte_single_turn"
 
-_ROLLOUTS = (ROLLOUT, RESERVED_ROLLOUT)
+ROLLOUTS = (ROLLOUT, VLLM_ROLLOUT)
 _registered = False
 
 
 def mentions_pte(config: Any) -> bool:
     """Whether a composed verl config asks for anything of ours."""
     actor = config.get("actor_rollout_ref", None)
-    return actor is not None and (is_pte_model(actor.model) or str(actor.rollout.get("name", "")) in _ROLLOUTS)
+    return actor is not None and (is_pte_model(actor.model) or str(actor.rollout.get("name", "")) in ROLLOUTS)
 
 
 def is_pte_model(model: Any) -> bool:
@@ -36,7 +36,9 @@ def register() -> None:
         import verl_pte.verl.fsdp_engine  # noqa: F401  registers its engine classes
 
         base._ROLLOUT_REGISTRY[(ROLLOUT, "async")] = "verl_pte.verl.server_adapter.ServerAdapter"
+        base._ROLLOUT_REGISTRY[(VLLM_ROLLOUT, "async")] = "verl_pte.verl.vllm_server_adapter.VLLMServerAdapter"
         replica.RolloutReplicaRegistry.register(ROLLOUT, _load_replica)
+        replica.RolloutReplicaRegistry.register(VLLM_ROLLOUT, _load_vllm_replica)
         _registered = True
     agent_loops = sys.modules.get("verl.experimental.agent_loop.agent_loop")
     if agent_loops is not None:
@@ -47,3 +49,9 @@ def _load_replica() -> type:
     from verl_pte.verl.replica import NativeReplica
 
     return NativeReplica
+
+
+def _load_vllm_replica() -> type:
+    from verl_pte.verl.vllm_server import VLLMReplica
+
+    return VLLMReplica

@@ -26,7 +26,7 @@ class PTEModelConfig(HFModelConfig):
     Raises ValueError naming the key, its value and what is right.
     """
 
-    _mutable_fields = HFModelConfig._mutable_fields | {"pte", "lora_rank", "override_config"}
+    _mutable_fields = HFModelConfig._mutable_fields | {"pte", "lora", "lora_rank", "override_config"}
 
     model_type: str = MODEL_TYPE
     use_remove_padding: bool = False
