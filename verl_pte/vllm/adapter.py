@@ -177,7 +177,7 @@ class LayerAdapter(nn.Module):
         """States once these keys and values, of this rank's heads, have left: float32 [B, R, R]."""
         encoder = self.encoder
         assert encoder is not None
-        raw_BRR = encode_shard(encoder, k_BEK, v_BEK, self.columns, self.counts, _sum_over_ranks)
+        raw_BRR = encoder.encode_shard(k_BEK, v_BEK, self.columns, self.counts, _sum_over_ranks)
         return encoder.accumulate(state_BRR, raw_BRR)
 
 
@@ -186,30 +186,6 @@ def _is_target(module: str, config: PTEConfig) -> bool:
     if config.target_modules == "all-linear":
         return True
     return any(module == target or module.endswith(f".{target}") for target in config.target_modules)
-
-
-def encode_shard(
-    encoder: ThoughtEncoder,
-    k_BEK: Tensor,
-    v_BEK: Tensor,
-    columns: slice,
-    counts: bool,
-    all_reduce: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """S' from the kv heads of one rank: projections are summed over ranks, then multiplied.
-
-    Args:
-        encoder: whole on every rank.
-        k_BEK, v_BEK: keys and values of this rank's heads.
-        columns: which columns of W_K and W_V those heads are.
-        counts: False where another rank adds the same heads.
-        all_reduce: sum over ranks.
-    """
-    linear = nn.functional.linear
-    W_K, W_V = encoder.W_K()[:, columns], encoder.W_V()[:, columns]
-    projected = torch.stack([linear(k_BEK.to(W_K.dtype), W_K).float(), linear(v_BEK.to(W_V.dtype), W_V).float()])
-    k_BER, v_BER = all_reduce(projected if counts else torch.zeros_like(projected))
-    return encoder.attend(k_BER, v_BER)
 
 
 def _sum_over_ranks(x: Tensor) -> Tensor:

@@ -24,6 +24,15 @@ else:
 class PTEModelRunner(_Runner):
     """vLLM's first model runner, on CPUs and GPUs."""
 
+    def initialize_kv_cache(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's, then a look at its block tables, which have to count in the schedule's blocks."""
+        super().initialize_kv_cache(*args, **kwargs)
+        if self.input_batch.block_table[0].use_hybrid_blocks:
+            raise ValueError(
+                f"block_size={self.cache_config.block_size}: the attention backend splits such blocks for its kernels; "
+                "set model.pte.block_size to a size it has, e.g. 16"
+            )
+
     def _update_states(self, scheduler_output: Any) -> Any:
         thoughts = self.get_model().thoughts
         # Resumed requests are new to their slots, also where they were preempted and resumed within one step.
