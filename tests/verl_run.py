@@ -85,9 +85,10 @@ def make_data(folder: Path) -> None:
     (folder / "reward.py").write_text(_REWARD)
 
 
-def overrides(folder: Path) -> list[str]:
-    """What every run of the tiny recipe is given."""
-    settings = [f"actor_rollout_ref.model.pte.{key}={value}" for key, value in PTE.items()]
+def overrides(folder: Path, recipe: str = "pte_tiny_cpu") -> list[str]:
+    """What every run of a tiny recipe is given; with vLLM it keeps the recipe's window and blocks, which vLLM needs."""
+    kept = ("window", "block_size") if recipe.endswith("_vllm") else ()
+    settings = [f"actor_rollout_ref.model.pte.{key}={value}" for key, value in PTE.items() if key not in kept]
     return [
         f"data.train_files={folder}/train.parquet",
         f"data.val_files={folder}/val.parquet",
@@ -102,27 +103,31 @@ def overrides(folder: Path) -> list[str]:
     ]
 
 
-def train(folder: Path, name: str, *more: str) -> list[dict]:
-    """Run ``python -m verl.trainer.main_ppo`` on the tiny recipe; its metrics, one dict a step."""
+def command(folder: Path, name: str, *more: str, recipe: str = "pte_tiny_cpu") -> tuple[list[str], dict[str, str]]:
+    """``python -m verl.trainer.main_ppo`` on a recipe, and its environment."""
     log = folder / f"{name}.jsonl"
     # Only what any user's shell would have: the plugin must be found through its entry point.
     drop = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS")
     env = {key: value for key, value in os.environ.items() if key not in drop} | {"VERL_FILE_LOGGER_PATH": str(log)}
-    command = [
-        sys.executable,
-        "-m",
-        "verl.trainer.main_ppo",
-        "--config-dir",
-        str(RECIPES),
-        "--config-name",
-        "pte_tiny_cpu",
-    ]
-    command += [
-        *overrides(folder),
+    arguments = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(RECIPES), "--config-name", recipe]
+    arguments += [
+        *overrides(folder, recipe),
         "trainer.logger=[console,file]",
         f"trainer.default_local_dir={folder}/{name}",
         *more,
     ]
-    run = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=420)
+    return arguments, env
+
+
+def train(folder: Path, name: str, *more: str, recipe: str = "pte_tiny_cpu") -> list[dict]:
+    """Run ``python -m verl.trainer.main_ppo`` on a recipe; its metrics, one dict a step."""
+    arguments, env = command(folder, name, *more, recipe=recipe)
+    run = subprocess.run(arguments, cwd=folder, env=env, capture_output=True, text=True, timeout=420)
     assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
-    return [json.loads(line)["data"] for line in log.read_text().splitlines()]
+    return metrics(folder, name)
+
+
+def metrics(folder: Path, name: str) -> list[dict]:
+    """What a run has logged so far."""
+    log = folder / f"{name}.jsonl"
+    return [json.loads(line)["data"] for line in log.read_text().splitlines()] if log.exists() else []

@@ -25,7 +25,6 @@ SHAPE = dict(
 # Lengths of 16 prompts: one token, on and off a block, longer than a window of 32.
 PROMPT_LENGTHS = (1, 3, 5, 16, 19, 31, 32, 33, 37, 40, 2, 7, 48, 11, 16, 29)
 ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
@@ -53,7 +52,7 @@ class Run:
     tensor_parallel_size: int = 1
     abort: list[int] = field(default_factory=list)  # requests aborted half-way
     preempt_at: list[int] = field(default_factory=list)  # steps at which everything running is preempted
-    kv_cache_bytes: int | None = None
+    kv_cache_bytes: int = 1 << 26
     weights: str | None = None  # safetensors file sent before the first request
 
 

@@ -67,7 +67,10 @@ FSDP = "actor_rollout_ref.actor.fsdp_config"
             [f"{MODEL}._target_=verl.workers.config.HFModelConfig", f"~{MODEL}.pte", f"{MODEL}.lora.rank=0"],
             r"rollout\.name=pte: serves PTE models only; set actor_rollout_ref\.model\._target_",
         ),
-        ([f"{ROLLOUT}.name=vllm"], r"rollout\.name=vllm: cannot serve a PTE model.*must be pte$"),
+        (
+            [f"{ROLLOUT}.name=vllm"],
+            r"rollout\.name=vllm: cannot serve a PTE model.*must be pte \(the native engine\) or pte_vllm$",
+        ),
         ([f"{ROLLOUT}.tensor_model_parallel_size=2"], r"rollout\.tensor_model_parallel_size=2: must be 1"),
         (
             [f"+{ROLLOUT}.engine_kwargs.vllm.swap_space=4"],
@@ -83,7 +86,10 @@ FSDP = "actor_rollout_ref.actor.fsdp_config"
             r"attn_implementation='flash_attention_2': must be one of sdpa, eager",
         ),
         (["trainer.use_v1=false"], r"trainer\.use_v1=False: must be True, .*one seed"),
-        ([f"{ROLLOUT}.name=pte_vllm"], r"rollout\.name=pte_vllm: must be pte, .*this version has no vLLM engine"),
+        (
+            [f"{ROLLOUT}.name=pte_vllm"],
+            r"model\.pte\.block_size=8: must be a multiple of 16 with rollout\.name=pte_vllm",
+        ),
         (["actor_rollout_ref.actor.strategy=megatron"], r"actor\.strategy=megatron: must be fsdp2"),
         (["actor_rollout_ref.actor.strategy=fsdp"], r"actor\.strategy=fsdp: must be fsdp2 with trainer\.device=cpu"),
         ([f"{FSDP}.model_dtype=bf16"], r"fsdp_config\.model_dtype=bf16: must be fp32, .*mixed_precision"),

@@ -34,12 +34,6 @@ class PTEScheduler(Scheduler):
         assert isinstance(manager, ThoughtCacheManager), "the model's attention layers report a ThoughtSpec"
         self.thought_cache = manager
         manager.limit_admission(self.max_model_len)
-        needed, there = manager.kv_cache_spec.max_blocks(self.max_model_len), self.kv_cache_config.num_blocks - 1
-        if needed > there:
-            raise ValueError(
-                f"num_gpu_blocks={there} usable: must be at least {needed}, what one request may hold (pinned + "
-                "window); give the cache more memory, set a smaller max_prompt_length, or a smaller model.pte.window"
-            )
 
     def add_request(self, request: Any) -> None:
         """Queue a request; one with too long a prompt ends with an error, the others go on."""

@@ -1,12 +1,13 @@
 """vLLM's workers, with a model runner that keeps thought states up to date.
 
 `PTEWorker` is what ``worker_cls`` names; it is the CPU's or the GPU's worker, whichever the platform has. vLLM has no
-way to name a runner class, so the runner a worker has built is given a subclass of its own class: the same object, two
+way to name a runner class, so the runner a worker has built is given a subclass of its own class: the same object, some
 methods of which do a little more.
 """
 
 from typing import Any
 
+import numpy as np
 from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -54,6 +55,22 @@ class PTEModelRunner(_Runner):
             batch.block_table[0].get_numpy_array(),
         )
         return prepared
+
+    def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's; on a CPU without the random streams of requests that are still being prefilled.
+
+        vLLM draws a token for those, drops it and winds their streams back, which CPU generators cannot: a request
+        with a seed that is prefilled in several steps, as one resumed from preemption is, would end the engine.
+        """
+        if self.device.type != "cpu":
+            return super().sample_tokens(*args, **kwargs)
+        streams = self.input_batch.generators
+        unfinished = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0].tolist()
+        aside = {row: streams.pop(row) for row in unfinished if row in streams}
+        try:
+            return super().sample_tokens(*args, **kwargs)
+        finally:
+            streams.update(aside)
 
     def _dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         self.get_model().thoughts.idle()
