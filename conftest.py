@@ -2,8 +2,9 @@
 (``-n``) as follows.
 
 Tests of one file stay together, so that their fixtures are made once. Everything under tests/verl is one group and
-comes first: those tests start Ray and several processes each, and two at a time would be slower than one by one.
-``--dist loadgroup`` would say the same, but pytest-xdist 3.8 loses the groups under pytest 9.2.
+comes first: those tests start Ray and several processes each, and two at a time would be slower than one by one. The
+other long files, under tests/vllm, come next. ``--dist loadgroup`` would say the same, but pytest-xdist 3.8 loses the
+groups under pytest 9.2.
 """
 
 from pathlib import Path
@@ -15,12 +16,12 @@ from hypothesis import settings
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-_VERL_TESTS = Path(__file__).parent / "tests" / "verl"
+_LONGEST_FIRST = [Path(__file__).parent / "tests" / name for name in ("verl", "vllm")]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.path.is_relative_to(_VERL_TESTS))
+    items.sort(key=lambda item: [not item.path.is_relative_to(folder) for folder in _LONGEST_FIRST])
 
 
 @pytest.hookimpl(optionalhook=True)

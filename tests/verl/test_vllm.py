@@ -15,6 +15,7 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl_run import RECIPES, command, make_data, make_model, metrics, overrides, train
 
 RECIPE = "pte_tiny_cpu_vllm"
+ROLLOUT = "actor_rollout_ref.rollout"
 WINDOW = 32
 RUN = ("trainer.save_freq=2", "data.max_response_length=96")
 
@@ -108,11 +109,11 @@ def test_a_dead_vllm_ends_the_run(vllm_folder):
 # ----------------------------------------------------------------------------------------------
 
 
-def validate(folder, *more: str) -> None:
+def validate(folder, *more: str, recipe: str = RECIPE) -> None:
     """What main_ppo does with a composed config before anything else."""
     with initialize_config_dir(str(RECIPES), version_base=None):
         searchpath = "hydra.searchpath=[pkg://verl.trainer.config]"
-        config = compose(RECIPE, overrides=[searchpath, *overrides(folder, RECIPE), *more])
+        config = compose(recipe, overrides=[searchpath, *overrides(folder, RECIPE), *more])
     verl.utils.config.validate_config(
         config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
     )
@@ -123,7 +124,10 @@ def test_the_recipe_itself_is_accepted(vllm_folder):
     validate(vllm_folder, "actor_rollout_ref.rollout.tensor_model_parallel_size=2")
 
 
-ROLLOUT = "actor_rollout_ref.rollout"
+def test_the_base_recipe_runs_on_vllm_by_its_name(vllm_folder):
+    """With verl's and the recipe's defaults for everything else, and the trainer on GPUs."""
+    more = ("data.max_prompt_length=64", f"{ROLLOUT}.name=pte_vllm", f"{ROLLOUT}.tensor_model_parallel_size=2")
+    validate(vllm_folder, *more, recipe="pte_grpo")
 
 
 @pytest.mark.parametrize(

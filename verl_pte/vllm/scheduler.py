@@ -36,19 +36,19 @@ class PTEScheduler(Scheduler):
         manager.limit_admission(self.max_model_len)
 
     def add_request(self, request: Any) -> None:
-        """Queue a request; one with too long a prompt ends with an error, the others go on."""
+        """Queue a request; one that cannot be served ends with an error, the others go on."""
         # The hashes of its prompt are there already. Those of its answer could match blocks of a longer prompt (the
         # next turn of a chat) when it comes back from preemption, and those were computed without a thought state.
         request._block_hasher = None
         super().add_request(request)
         limit = self.settings.max_prompt_length
+        refused = None
         if limit is not None and request.num_prompt_tokens > limit:
-            _logger.error(
-                "request %s: its prompt has %d tokens, max_prompt_length is %d; it ends with an error",
-                request.request_id,
-                request.num_prompt_tokens,
-                limit,
-            )
+            refused = f"its prompt has {request.num_prompt_tokens} tokens, max_prompt_length is {limit}"
+        elif request.resumable:
+            refused = "a prompt that grows while it is answered has no fixed eviction schedule"
+        if refused is not None:
+            _logger.error("request %s ends with an error: %s", request.request_id, refused)
             self.grammar_compile_error_reqs.add(request.request_id)  # vLLM's list of requests to fail at the next step
 
     def _mamba_block_aligned_split(
