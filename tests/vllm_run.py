@@ -151,7 +151,7 @@ def answer(run: Run) -> dict:
         found["free_blocks"] = core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
         found["num_blocks"] = core.scheduler.kv_cache_config.num_blocks
         thoughts = core.model_executor.driver_worker.worker.model_runner.get_model().thoughts
-        found["slots"] = len(thoughts.slots)
+        found["slots"] = len(thoughts.running)
     llm.engine_core.shutdown()
     return found
 

@@ -57,7 +57,7 @@ class Holding:
 
 
 class ThoughtCacheManager(FullAttentionManager):
-    """Frees evicted blocks; remembers the most a request held, from its block list."""
+    """Frees evicted blocks; remembers the most a request held."""
 
     kv_cache_spec: ThoughtSpec
 
@@ -92,7 +92,7 @@ class ThoughtCacheManager(FullAttentionManager):
         """vLLM's allocation, and a look at what the request holds after it."""
         new = super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
         holding = self.holdings[request_id]
-        held = sum(not block.is_null for block in self.req_to_blocks[request_id])
+        held = len(self.req_to_blocks[request_id]) - self.schedule.blocks(holding.evicted)  # the others are null
         holding.peak_blocks = max(holding.peak_blocks, held)
         holding.peak_tokens = max(holding.peak_tokens, num_tokens - holding.evicted)
         return new

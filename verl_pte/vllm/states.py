@@ -8,7 +8,9 @@ A slot belongs to a request while it runs. A preempted request gives its slot ba
 and its state with it.
 """
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,16 @@ import torch
 from verl_pte.core.schedule import Schedule
 from verl_pte.vllm.adapter import LayerAdapter, TokenStates
 from verl_pte.vllm.attention import BoundedAttention, Gaps
+
+
+@dataclass
+class Running:
+    """A request that has a slot, and the segment its next tokens are in."""
+
+    slot: int
+    position: int = 0  # of the next token
+    boundary: float = -1  # where the next segment begins
+    gap: tuple[int, int, int] = (0, 0, 0)  # as in `Gaps`
 
 
 class ThoughtStates:
@@ -39,17 +51,15 @@ class ThoughtStates:
         num_slots: int,
     ) -> None:
         self.schedule, self.layers, self.states, self.gaps = schedule, layers, states, gaps
-        self.slots: dict[str, int] = {}
-        self.positions: dict[str, int] = {}  # of the next token of each request that has a slot
+        self.running: dict[str, Running] = {}
         self.free = list(range(num_slots, 0, -1))
         self._filled = 0
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Take slots back, from finished and preempted requests; ids without one are passed over."""
         for request_id in request_ids:
-            if request_id in self.slots:
-                self.free.append(self.slots.pop(request_id))
-                del self.positions[request_id]
+            if request_id in self.running:
+                self.free.append(self.running.pop(request_id).slot)
 
     def idle(self) -> None:
         """No request runs: what follows is a warm-up."""
@@ -73,28 +83,36 @@ class ThoughtStates:
         fresh: list[int] = []
         evicting: list[int] = []
         blocks: list[np.ndarray] = []
-        gaps: list[tuple[int, int, int]] = []
+        batch: list[Running] = []
         for i, (request_id, prompt_len, start) in enumerate(zip(request_ids, prompt_lens, starts, strict=True)):
-            end = start + int(counts[i])
-            segment = self.schedule.segment(prompt_len, start)
-            assert self.schedule.segment(prompt_len, end - 1) == segment, f"step {start}:{end} crosses an eviction"
-            if request_id not in self.slots:
-                assert segment == 0, f"request {request_id} begins at {start}, after an eviction"
-                self.slots[request_id] = self.free.pop()
-                fresh.append(self.slots[request_id])
-            else:
-                assert self.positions[request_id] == start, f"request {request_id} jumps to {start}"
-            self.positions[request_id] = end
-            evicted = self.schedule.evicted_at(prompt_len, start)
-            if evicted is not None:
-                evicting.append(self.slots[request_id])
-                blocks.append(block_table[i, self.schedule.blocks(evicted[0]) : self.schedule.blocks(evicted[1])])
-            gone = self.schedule.evicted_before(prompt_len, start)
-            gaps.append((self.schedule.blocks(self.schedule.pinned(prompt_len)), self.schedule.blocks(gone), gone))
-        self.gaps.set(gaps)
+            request = self.running.get(request_id)
+            if request is None:
+                request = self.running[request_id] = Running(self.free.pop(), position=start)
+                fresh.append(request.slot)
+                assert self.schedule.segment(prompt_len, start) == 0, f"request {request_id} begins after an eviction"
+            assert request.position == start, f"request {request_id} jumps from {request.position} to {start}"
+            if start >= request.boundary:
+                evicted = self._enter_segment(request, prompt_len)
+                if evicted is not None:
+                    evicting.append(request.slot)
+                    blocks.append(block_table[i, evicted[0] : evicted[1]])
+            request.position = start + int(counts[i])
+            assert request.position <= request.boundary, f"request {request_id}: a step crosses an eviction"
+            batch.append(request)
+        self.gaps.set([request.gap for request in batch])
         if self.states is not None:
-            self._tell_tokens(np.repeat([self.slots[request_id] for request_id in request_ids], counts))
+            self._tell_tokens(np.repeat([request.slot for request in batch], counts))
             self._update(self.states, fresh, evicting, blocks)
+
+    def _enter_segment(self, request: Running, prompt_len: int) -> tuple[int, int] | None:
+        """Look up the segment of a request's next token; the blocks evicted where it begins, if that is here."""
+        schedule, position = self.schedule, request.position
+        boundary = schedule.next_boundary(prompt_len, position)
+        request.boundary = math.inf if boundary is None else boundary
+        gone = schedule.evicted_before(prompt_len, position)
+        request.gap = (schedule.blocks(schedule.pinned(prompt_len)), schedule.blocks(gone), gone)
+        evicted = schedule.evicted_at(prompt_len, position)
+        return None if evicted is None else (schedule.blocks(evicted[0]), schedule.blocks(evicted[1]))
 
     def _tell_tokens(self, slots: np.ndarray) -> None:
         assert self.states is not None
