@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -51,7 +52,10 @@ class Run:
     subprocess: bool = False
     tensor_parallel_size: int = 1
     abort: list[int] = field(default_factory=list)  # requests aborted half-way
-    preempt_at: list[int] = field(default_factory=list)  # steps at which everything running is preempted
+    preempt_at: list[int] = field(default_factory=list)  # steps after which everything running is preempted
+    reset_at: list[int] = field(default_factory=list)  # the same, and the prefix cache is emptied
+    arrive_at: list[int] = field(default_factory=list)  # step after which each request is added; by default all at once
+    priorities: list[int] = field(default_factory=list)  # of each request, 0 comes first; by default first come first
     kv_cache_bytes: int = 1 << 26
     weights: str | None = None  # safetensors file sent before the first request
 
@@ -111,6 +115,7 @@ def engine(run: Run):
         enable_prefix_caching=run.prefix_caching,
         num_gpu_blocks_override=None if run.blocks is None else run.blocks + 1,  # one of them is vLLM's null block
         kv_cache_memory_bytes=run.kv_cache_bytes,
+        scheduling_policy="priority" if run.priorities else "fcfs",
         tensor_parallel_size=run.tensor_parallel_size,
         logprobs_mode="processed_logprobs",  # verl's: after temperature
     )
@@ -132,19 +137,26 @@ def answer(run: Run) -> dict:
         model = core.model_executor.driver_worker.worker.model_runner.get_model()
         model.load_weights(load_file(run.weights).items())
         llm.reset_prefix_cache()
-    for i, (prompt, max_tokens) in enumerate(zip(run.prompts, run.max_tokens, strict=True)):
-        sampling = {key: value + i if key == "seed" else value for key, value in run.sampling.items()}
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, logprobs=0, detokenize=False, **sampling)
-        llm.add_request(str(i), {"prompt_token_ids": prompt}, params)
+    arrivals, waiting = run.arrive_at or [0] * len(run.prompts), set(range(len(run.prompts)))
     outputs, steps = {}, 0
-    while llm.has_unfinished_requests():
+    while waiting or llm.has_unfinished_requests():
+        for i in sorted(i for i in waiting if arrivals[i] <= steps):
+            waiting.remove(i)
+            sampling = {key: value + i if key == "seed" else value for key, value in run.sampling.items()}
+            params = SamplingParams(
+                max_tokens=run.max_tokens[i], ignore_eos=True, logprobs=0, detokenize=False, **sampling
+            )
+            priority = run.priorities[i] if run.priorities else 0
+            llm.add_request(str(i), {"prompt_token_ids": run.prompts[i]}, params, priority=priority)
         for output in llm.step():
             outputs[int(output.request_id)] = output
             if int(output.request_id) in run.abort and len(output.outputs[0].token_ids) >= 10:
                 llm.abort_request([output.request_id])
         steps += 1
-        if steps in run.preempt_at:
+        if steps in run.reset_at:
             llm.reset_prefix_cache(reset_running_requests=True)
+        if steps in run.preempt_at:
+            preempt(core.scheduler)
     found = {"requests": [of(outputs[i]) for i in range(len(run.prompts))], "steps": steps}
     if core is not None:
         found["async"] = core.batch_queue is not None
@@ -154,6 +166,12 @@ def answer(run: Run) -> dict:
         found["slots"] = len(thoughts.running)
     llm.engine_core.shutdown()
     return found
+
+
+def preempt(scheduler) -> None:
+    """What the scheduler does with a victim when blocks are short, to everything that runs."""
+    while scheduler.running:
+        scheduler._preempt_request(scheduler.running.pop(), time.monotonic())
 
 
 def of(output) -> dict:

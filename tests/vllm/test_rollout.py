@@ -78,7 +78,10 @@ def test_greedy_responses_are_the_oracles(arch, models, tmp_path):
     rough = [
         (models(arch), small_pool),
         (models(arch), dict(async_scheduling=True, max_num_batched_tokens=32)),
-        (models(arch), dict(async_scheduling=True, prefix_caching=True, preempt_at=[150, 151, 300], **small_pool)),
+        (
+            models(arch),
+            dict(async_scheduling=True, prefix_caching=True, preempt_at=[150, 300], reset_at=[200], **small_pool),
+        ),
     ]
     runs = [model.run(asked, **how) for model, how in plain + rough]
     found = carry_out(runs, tmp_path)
@@ -111,13 +114,23 @@ def test_shared_prompt_prefixes_are_hit(models, tmp_path):
     model, shared = models("qwen2"), random_tokens(48, seed=7)[0]
     answer, *_ = model.oracle(shared, NUM_TOKENS)
     asked = [shared, [*shared, *answer[:120]], *([*shared, *tail] for tail in random_tokens(1, 5, 16, 16, 9, seed=8))]
-    run = model.run(
-        asked, prefix_caching=True, max_num_seqs=3, max_prompt_length=200, max_model_len=640, preempt_at=[170, 180, 250]
-    )
+    sizes = dict(max_num_seqs=3, max_prompt_length=200, max_model_len=640)
+    run = model.run(asked, prefix_caching=True, preempt_at=[100, 170, 250], **sizes)
     found = carry_out([run], tmp_path)[0]
     model.check(run, found)
     assert [request["cached"] for request in found["requests"][3:]] == [48, 48, 48, 48]
-    assert found["requests"][0]["num_preemptions"] > 0
+    assert found["requests"][0]["num_preemptions"] == 3
+
+
+def test_preempted_requests_wait_without_a_slot(models, tmp_path):
+    """Two run, are preempted, and wait while two of higher priority run: states for two are all there is."""
+    model, asked = models("qwen2"), prompts()[:4]
+    run = model.run(
+        asked, 150, max_num_seqs=2, arrive_at=[0, 0, 60, 60], priorities=[5, 5, 0, 0], preempt_at=[60], blocks=40
+    )
+    found = carry_out([run], tmp_path)[0]
+    model.check(run, found)
+    assert [request["num_preemptions"] for request in found["requests"]] == [1, 1, 0, 0]
 
 
 OPTIONS = [
@@ -191,11 +204,14 @@ def test_weights_sent_later_are_the_ones_used(models, tmp_path):
 
 
 def test_a_pool_smaller_than_the_longest_sequence_is_admitted(models, tmp_path):
-    """Seven blocks of memory, six of them usable: pinned 64 + window 32; the sequence takes 29."""
+    """Seven blocks of memory, six of them usable: pinned 64 + window 32; the sequence takes 29.
+
+    Preempted near its end it is admitted again, though its tokens would never fit at once.
+    """
     model = models("qwen2")
     block = 2 * 2 * 16 * 2 * 32 * 4  # layers, keys and values, tokens, kv heads, head_dim, bytes
     (prompt,) = random_tokens(64, seed=4)
-    run = model.run([prompt, prompt[:9]], kv_cache_bytes=7 * block)
+    run = model.run([prompt, prompt[:9]], kv_cache_bytes=7 * block, preempt_at=[300])
     found = carry_out([run], tmp_path)[0]
     assert found["num_blocks"] == 7
     model.check(run, found)

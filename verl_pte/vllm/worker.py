@@ -36,10 +36,9 @@ class PTEModelRunner(_Runner):
 
     def _update_states(self, scheduler_output: Any) -> Any:
         thoughts = self.get_model().thoughts
-        # Resumed requests are new to their slots, also where they were preempted and resumed within one step.
+        # Before this step's requests are looked at: one may have been preempted and resumed in between.
         thoughts.release(scheduler_output.finished_req_ids)
         thoughts.release(scheduler_output.preempted_req_ids or ())
-        thoughts.release(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
         return super()._update_states(scheduler_output)
 
     def _prepare_inputs(self, scheduler_output: Any, num_scheduled_tokens: Any) -> Any:
