@@ -60,13 +60,13 @@ class Run:
     weights: str | None = None  # safetensors file sent before the first request
 
 
-def write_model(folder: Path, arch: str, window: int | None, **knobs) -> tuple[PeftModel, str, str]:
+def write_model(folder: Path, arch: str, window: int | None, kv_heads: int = 2, **knobs) -> tuple[PeftModel, str, str]:
     """A random model with a random adapter: in memory, and the paths of its base and adapter."""
-    base = tiny_model(arch, **SHAPE)
-    base_path = folder / arch
+    base = tiny_model(arch, **(SHAPE | {"num_key_value_heads": kv_heads}))
+    base_path = folder / f"{arch}-{kv_heads}"
     base.save_pretrained(base_path)
     model = tiny_pte(arch, window, model=base, **({"block_size": 16} | knobs))
-    adapter_path = folder / f"{arch}-{window}-{abs(hash(str(knobs)))}"
+    adapter_path = folder / f"{arch}-{kv_heads}-{window}-{abs(hash(str(knobs)))}"
     model.save_pretrained(adapter_path, save_embedding_layers=False)
     return model, str(base_path), str(adapter_path)
 
@@ -162,8 +162,7 @@ def answer(run: Run) -> dict:
         found["async"] = core.batch_queue is not None
         found["free_blocks"] = core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
         found["num_blocks"] = core.scheduler.kv_cache_config.num_blocks
-        thoughts = core.model_executor.driver_worker.worker.model_runner.get_model().thoughts
-        found["slots"] = len(thoughts.running)
+        found["compile_key"] = core.vllm_config.compute_hash()
     llm.engine_core.shutdown()
     return found
 

@@ -92,17 +92,44 @@ def test_greedy_responses_are_the_oracles(arch, models, tmp_path):
     assert [result["async"] for result in found] == [False] * 4 + [True] * 2
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "llama"])  # vLLM compiles these two model classes
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiled(arch, models, tmp_path):
     run = models(arch).run(prompts(), compile=True)
     models(arch).check(run, carry_out([run], tmp_path)[0])
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-def test_in_processes_of_their_own(tensor_parallel_size, models, tmp_path):
-    """EngineCore in a subprocess; with two ranks a worker in each, a kv head in each worker."""
-    run = models("qwen2").run(prompts(), subprocess=True, tensor_parallel_size=tensor_parallel_size)
-    models("qwen2").check(run, carry_out([run], tmp_path)[0])
+def test_compiled_code_is_not_shared_between_sizes(models, tmp_path):
+    """vLLM loads compiled code by a key of its configuration; the states' shape has to be part of it."""
+    runs = [models("qwen2").run([[1, 2, 3]], 2, max_num_seqs=size) for size in (3, 3, 6)]
+    first, again, other = (found["compile_key"] for found in carry_out(runs, tmp_path))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("tensor_parallel_size", "kv_heads"), [(1, 2), (2, 2), (2, 1)], ids=["one", "two", "two-sharing-a-kv-head"]
+)
+def test_in_processes_of_their_own(tensor_parallel_size, kv_heads, models, tmp_path):
+    """EngineCore in a subprocess; with two ranks a worker in each, and a kv head, or the same one, in each worker."""
+    model = models("qwen2", kv_heads=kv_heads)
+    asked, num_tokens = (prompts(), NUM_TOKENS) if kv_heads == 2 else (prompts()[:6], 150)
+    run = model.run(asked, num_tokens, subprocess=True, tensor_parallel_size=tensor_parallel_size)
+    model.check(run, carry_out([run], tmp_path)[0])
+
+
+def test_responses_that_stop(models, tmp_path):
+    """At a token, of which asynchronous scheduling learns a step late: tokens and evictions are those of the answer."""
+    model, asked, stop = models("qwen2"), prompts(), 7
+    run = model.run(asked, sampling={"temperature": 0.0, "stop_token_ids": [stop]}, async_scheduling=True, blocks=14)
+    found = carry_out([run], tmp_path)[0]
+    stopped = 0
+    for prompt, request in zip(asked, found["requests"], strict=True):
+        tokens, *_ = model.oracle(prompt, NUM_TOKENS)
+        said = tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
+        assert request["token_ids"] == said
+        assert request["num_evictions"] == model.schedule.num_evictions(len(prompt), len(prompt) + len(said) - 1)
+        assert request["peak_cache_tokens"] <= model.schedule.cache_limit(len(prompt))
+        stopped += len(said) < NUM_TOKENS
+    assert stopped > 4
 
 
 def test_shared_prompt_prefixes_are_hit(models, tmp_path):

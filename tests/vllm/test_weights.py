@@ -80,6 +80,9 @@ def vllm_config(**changed):
         block_size=16,
         cache_dtype="auto",
         pipeline_parallel_size=1,
+        data_parallel_size=1,
+        quantization=None,
+        load_format="auto",
         decode_context_parallel_size=1,
         prefill_context_parallel_size=1,
         enable_dbo=False,
@@ -92,7 +95,8 @@ def vllm_config(**changed):
     )
     assert not changed.keys() - values.keys()
     every = SimpleNamespace(**(values | changed))
-    return SimpleNamespace(**vars(every), parallel_config=every, cache_config=every, scheduler_config=every)
+    blocks = ("parallel_config", "cache_config", "scheduler_config", "model_config", "load_config")
+    return SimpleNamespace(**vars(every), **dict.fromkeys(blocks, every))
 
 
 def test_a_good_vllm_configuration_passes():
@@ -104,6 +108,12 @@ def test_a_good_vllm_configuration_passes():
     [
         (dict(block_size=32), r"block_size=32: must be 16"),
         (dict(pipeline_parallel_size=2), r"pipeline_parallel_size=2: must be 1"),
+        (dict(data_parallel_size=2), r"data_parallel_size=2: must be 1"),
+        (dict(quantization="fp8"), r"quantization='fp8': must be None"),
+        (
+            dict(load_format="dummy", additional_config={"pte": Settings(PTEConfig(), "a").to_json()}),
+            r"load_format='dummy': must be auto with an adapter",
+        ),
         (dict(decode_context_parallel_size=2), r"decode_context_parallel_size=2: must be 1"),
         (dict(enable_dbo=True), r"enable_dbo=True: must be False"),
         (dict(speculative_config="ngram"), r"speculative_config='ngram': must be None"),

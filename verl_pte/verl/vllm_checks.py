@@ -10,16 +10,24 @@ from verl_pte.verl.components import ROLLOUT, VLLM_ROLLOUT
 from verl_pte.verl.requirement import plain, require
 
 _PREFIX = "actor_rollout_ref.rollout."
-_SET_BY_US = {
+_SET_BY_US = {  # in engine_kwargs.vllm, which verl puts over everything else
     "additional_config": "it carries PTE's own settings",
     "async_scheduling": "vLLM chooses it by platform",
     "block_size": "it is model.pte.block_size",
+    "data_parallel_size": "each replica is one vLLM engine",
+    "dtype": "it is rollout.dtype",
+    "enable_chunked_prefill": "a chunk of a sequence ends where tokens are evicted",
     "enable_lora": "the PTE adapter is the adapter",
     "hf_overrides": "it names the PTE model class",
     "kv_cache_dtype": "the thought encoder reads unquantised keys",
     "kv_transfer_config": "thought states do not travel with KV blocks",
+    "load_format": "it is rollout.load_format",
+    "logprobs_mode": "the learner's log-probs are those after temperature",
+    "pipeline_parallel_size": "a sequence's cache and thought state are not split that way",
+    "quantization": "the learner replays with unquantised weights",
     "scheduler_cls": "it is PTE's",
     "speculative_config": "rejected tokens cannot be taken out of a thought state",
+    "tensor_parallel_size": "it is rollout.tensor_model_parallel_size",
     "worker_cls": "it is PTE's",
     "worker_extension_cls": "it is PTE's",
 }
@@ -54,9 +62,12 @@ def check_vllm_rollout(config: Any, pte: Any) -> None:
         ("layered_summon", False, "adapter tensors are gathered one by one anyway"),
         ("disaggregation.enabled", False, "thought states do not travel with KV blocks"),
         ("mtp.enable_rollout", False, "rejected tokens cannot be taken out of a thought state"),
+        ("scheduling_policy", "fcfs", "verl sends priorities to rollout vllm only"),
         ("repetition_penalty", 1.0, "the learner's log-probs know no penalty"),
     ):
         require(rollout, key, right, why, prefix=_PREFIX)
+    why = "vLLM reads the config beside the weights; what differs goes into model.override_config"
+    require(config.actor_rollout_ref, "model.hf_config_path", None, why)
     if rollout.get("load_format", "auto") not in ("auto", "dummy"):
         raise ValueError(
             f"{_PREFIX}load_format={rollout.load_format}: must be auto (the server reads the base model itself) or "

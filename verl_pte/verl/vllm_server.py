@@ -70,6 +70,8 @@ class VLLMServer(vLLMHttpServer):
             hf_config=self.model_config.hf_config,
         )
         del ours["model"]
+        override = {k: v for k, v in self.model_config.override_config.items() if k != "attn_implementation"}
+        ours["hf_overrides"] = {**override.get("model_config", override), **ours["hf_overrides"]}
         engine_kwargs.update(ours)
 
     def _get_worker_extension_cls(self) -> str:

@@ -19,4 +19,5 @@ class VLLMServerAdapter(ServerAdapter):
     ) -> None:
         """Send named tensors in buckets, then clear vLLM's prefix cache; verl's notes about LoRA are dropped."""
         assert wire_format == "named_tensors", "checks.py admits verl's naive checkpoint engine only"
+        await self._execute_method("check_alive")  # with a dead engine the first bucket would wait for ever
         await super().update_weights(weights, global_steps=global_steps)

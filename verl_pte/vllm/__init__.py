@@ -12,6 +12,15 @@ Importing this package imports nothing of vLLM. Left out: pipeline and context p
 quantised KV caches, LoRA beside PTE (settings.py refuses them), and vLLM's second model runner.
 """
 
-from verl_pte.vllm.settings import engine_args
+from typing import Any
 
 __all__ = ["engine_args"]
+
+
+def __getattr__(name: str) -> Any:
+    # On use: vLLM loads the plugin beside this file in every one of its processes, also where PTE is not used.
+    if name == "engine_args":
+        from verl_pte.vllm.settings import engine_args
+
+        return engine_args
+    raise AttributeError(f"module 'verl_pte.vllm' has no attribute {name!r}")

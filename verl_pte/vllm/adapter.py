@@ -23,6 +23,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, QKVParallelLinear, RowParallelLinear
+from vllm.utils.platform_utils import is_pin_memory_available
 
 from verl_pte.config import PTEConfig
 from verl_pte.core.encoder import ThoughtEncoder
@@ -45,11 +46,12 @@ class TokenStates(nn.Module):
 
     def __init__(self, num_layers: int, num_slots: int, max_tokens: int, rank: int) -> None:
         super().__init__()
-        # Called under vLLM's default device.
-        self.register_buffer(
-            "by_layer_LSRR", torch.zeros(num_layers, num_slots, rank, rank, dtype=torch.float32), False
-        )
-        self.register_buffer("slots_T", torch.zeros(max_tokens, dtype=torch.long), False)
+        states = torch.zeros(num_layers, num_slots, rank, rank, dtype=torch.float32)  # on vLLM's default device
+        self.register_buffer("by_layer_LSRR", states, persistent=False)
+        self.register_buffer("slots_T", torch.zeros(max_tokens, dtype=torch.long), persistent=False)
+        # Where slots are written first; on GPUs pinned, so that the copy does not wait for the step before.
+        pin = is_pin_memory_available()
+        self.host_slots_T = torch.zeros(max_tokens, dtype=torch.long, device="cpu", pin_memory=pin)
 
     def of_tokens(self, layer: int, num_tokens: int) -> Tensor:
         """[T, R, R] of the first tokens of the step."""
@@ -155,6 +157,13 @@ class LayerAdapter(nn.Module):
                 attention=config.attention,
             ).requires_grad_(False)
             self.register_buffer("initial_RR", torch.zeros(config.rank, config.rank, dtype=torch.float32), False)
+
+    @property
+    def num_tensors(self) -> int:
+        """Tensors a saved adapter has for this layer."""
+        lora: Any = self.linears.values()
+        encoder = 0 if self.encoder is None else len(list(self.encoder.children()))
+        return encoder + sum(2 * len(linear.index) for linear in lora)
 
     def _set_heads(self, attn: Any) -> None:
         tp_size, tp_rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()

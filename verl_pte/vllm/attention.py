@@ -22,6 +22,7 @@ from vllm.config import CacheConfig, VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.utils.math_utils import cdiv
+from vllm.utils.platform_utils import is_pin_memory_available
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -45,7 +46,10 @@ class Gaps:
     """
 
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
-        self.host_B3 = torch.zeros(max_num_seqs, 3, dtype=torch.int32)
+        # On GPUs pinned, so that the copy does not wait for the step before; vLLM waits for copies before it prepares
+        # another step.
+        pin = is_pin_memory_available()
+        self.host_B3 = torch.zeros(max_num_seqs, 3, dtype=torch.int32, device="cpu", pin_memory=pin)
         self.device_B3 = torch.zeros(max_num_seqs, 3, dtype=torch.int32, device=device)
 
     def set(self, rows: list[tuple[int, int, int]]) -> None:
@@ -53,7 +57,7 @@ class Gaps:
         self.host_B3.zero_()
         if rows:
             self.host_B3[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
-        self.device_B3.copy_(self.host_B3)
+        self.device_B3.copy_(self.host_B3, non_blocking=True)
 
 
 def without_gaps(metadata: CommonAttentionMetadata, gaps: Gaps, block_size: int) -> CommonAttentionMetadata:

@@ -43,8 +43,10 @@ class ThoughtModel(nn.Module):
         check(vllm_config)
         self.settings = Settings.of(vllm_config)
         check_architecture(vllm_config.model_config.hf_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         config, scheduler = self.settings.pte, vllm_config.scheduler_config
+        # The states' shape is part of what is compiled, and vLLM's key for compiled code does not know it.
+        vllm_config.additional_config["pte"]["max_num_seqs"] = scheduler.max_num_seqs
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         layers: Any = self.get_submodule(maybe_prefix(prefix, "model")).layers
         device = next(self.parameters()).device
         self.token_states: TokenStates | None = None
@@ -92,12 +94,10 @@ class ThoughtModel(nn.Module):
         unknown = [name for name, tensor in tensors.items() if not self._take(name, tensor)]
         if unknown:
             raise ValueError(f"adapter={folder}: {unknown[0]!r} is not a tensor of a PTE adapter")
-        expected = sum(2 * len(linear.index) for linear in self.adapters[0].linears.values())
-        if self.adapters[0].encoder is not None:
-            expected += len(list(self.adapters[0].encoder.children()))
-        if len(tensors) != expected * len(self.adapters):
+        expected = sum(adapter.num_tensors for adapter in self.adapters)
+        if len(tensors) != expected:
             raise ValueError(
-                f"adapter={folder}: has {len(tensors)} tensors, the settings make {expected * len(self.adapters)}; "
+                f"adapter={folder}: has {len(tensors)} tensors, the settings make {expected}; "
                 "leave pte out to use those the adapter was saved with"
             )
 

@@ -4,14 +4,13 @@ vLLM calls `register` in its API, engine and worker processes. Nothing else of v
 version PTE was not tested with, vLLM itself goes on working: only the PTE models refuse to load, with the reason.
 """
 
+from verl_pte.vllm.architectures import ARCHITECTURES
 from verl_pte.vllm.version import supported_version
 
 
 def register() -> None:
     """Make the PTE architectures known to vLLM; does nothing the second time."""
     from vllm import ModelRegistry
-
-    from verl_pte.vllm.settings import ARCHITECTURES
 
     known = ModelRegistry.get_supported_archs()
     for architecture in ARCHITECTURES.values():

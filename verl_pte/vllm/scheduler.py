@@ -68,8 +68,7 @@ class PTEScheduler(Scheduler):
         if holding is None:
             return False, None
         prompt_len = request.num_prompt_tokens
-        # The last token has been sampled and not run, unless async scheduling was a step ahead of a stop token.
-        run = min(request.num_computed_tokens, prompt_len + max(request.num_output_tokens - 1, 0))
+        run = prompt_len + max(request.num_output_tokens - 1, 0)  # the last token has been sampled, not run
         facts = {
             "num_evictions": self.schedule_of_evictions.num_evictions(prompt_len, run),
             "peak_cache_tokens": holding.peak_tokens,

@@ -116,9 +116,10 @@ class ThoughtStates:
 
     def _tell_tokens(self, slots: np.ndarray) -> None:
         assert self.states is not None
-        slots_T = self.states.slots_T
-        slots_T[len(slots) : self._filled] = 0
-        slots_T[: len(slots)].copy_(torch.from_numpy(slots))
+        host_T, count = self.states.host_slots_T, max(len(slots), self._filled)
+        host_T[: len(slots)] = torch.from_numpy(slots)
+        host_T[len(slots) : count] = 0
+        self.states.slots_T[:count].copy_(host_T[:count], non_blocking=True)
         self._filled = len(slots)
 
     def _update(self, states: TokenStates, fresh: list[int], evicting: list[int], blocks: list[Any]) -> None:
