@@ -1,4 +1,4 @@
-"""The import rule: `core` <- `peft`, `engine`, `learner` <- `verl`. Arrows never point back.
+"""The import rule: `core` <- `peft`, `engine`, `learner` <- `vllm` <- `verl`, `cli`, `bench`. Arrows never point back.
 
 Checked on the source of every module, imports inside functions included, so that a module that no test loads is checked
 too. That the checker itself catches violations is tested on made-up modules.
@@ -24,12 +24,21 @@ MAY_IMPORT = {
     "peft": {"core", "config", "peft"},
     "engine": {"core", "config", "peft", "engine"},
     "learner": {"core", "config", "peft", "learner"},
-    "verl": {"core", "config", "peft", "engine", "learner", "patches", "verl"},
+    "vllm": {"core", "config", "peft", "engine", "vllm"},
+    "verl": {"core", "config", "peft", "engine", "learner", "patches", "vllm", "verl"},
+    "cli": {"core", "config", "peft", "engine", "vllm", "cli"},
+    "bench": {"", "core", "config", "peft", "engine", "learner", "vllm", "bench"},  # names the version it measured
     "patches": {"patches"},  # patches of verl: the bottom layer, the plugin hands them what they call
     "": set(),  # verl_pte/__init__.py names its public parts as strings and loads them on use
 }
-WITHOUT_VERL = {"core", "config", "peft", "engine", "learner", "patches.version_guard", "patches.peft_type", ""}
-NOT_WITHOUT_VERL = {"verl", "ray", "vllm", "megatron", "tensordict", "hydra", "omegaconf", "transfer_queue"}
+OPTIONAL = {"verl", "ray", "vllm", "megatron", "tensordict", "hydra", "omegaconf", "transfer_queue"}
+# Of those, what each part may import; a part that is not named here may import none.
+MAY_IMPORT_OPTIONAL = {
+    "vllm": {"vllm"},
+    "bench": {"vllm"},
+    "verl": OPTIONAL,
+    "patches": OPTIONAL,
+}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -79,7 +88,7 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
             allowed = MAY_IMPORT[part]
             if target != part and target not in allowed and not (target.split(".")[0] in allowed and target):
                 out.append(f"{module} ({part or 'package'}) imports {name} ({target or 'package'})")
-        if part in WITHOUT_VERL and top in NOT_WITHOUT_VERL:
+        if top in OPTIONAL - MAY_IMPORT_OPTIONAL.get(part, set()):
             out.append(f"{module} imports {name}, but has to run without {top}")
         if part == "core" and top == "transformers" and module != f"{PACKAGE}.core.cache":
             out.append(f"{module} imports {name}; of core only cache.py may")
@@ -121,6 +130,14 @@ def test_module_keeps_the_rule(module: str, path: Path) -> None:
             "imports verl_pte.verl.checks",
         ),
         ("verl_pte.config", "from verl_pte.patches import validate_config", "imports verl_pte.patches.validate_config"),
+        ("verl_pte.engine.new", "from verl_pte.vllm import engine_args", "imports verl_pte.vllm.engine_args"),
+        ("verl_pte.engine.new", "def f():\n    import vllm", "without vllm"),
+        ("verl_pte.vllm.new", "from verl_pte.verl.checks import check_run", "imports verl_pte.verl.checks"),
+        ("verl_pte.vllm.new", "from verl_pte.cli import app", "imports verl_pte.cli.app"),
+        ("verl_pte.vllm.new", "def f():\n    import ray", "without ray"),
+        ("verl_pte.cli.new", "def f():\n    from vllm import LLM", "without vllm"),
+        ("verl_pte.cli.new", "from verl_pte.verl.checks import check_run", "imports verl_pte.verl.checks"),
+        ("verl_pte.bench.new", "from verl_pte.cli import app", "imports verl_pte.cli.app"),
     ],
 )
 def test_checker_catches(module: str, source: str, complaint: str) -> None:
@@ -136,6 +153,12 @@ def test_checker_catches(module: str, source: str, complaint: str) -> None:
             "verl_pte.verl.new",
             "import ray\nfrom verl_pte.learner import Replay\nfrom verl_pte.patches import metric_names",
         ),
+        ("verl_pte.verl.new", "from verl_pte.vllm import engine_args"),
+        (
+            "verl_pte.vllm.new",
+            "from vllm.config import VllmConfig\nfrom verl_pte.engine.sampling import SamplingParams",
+        ),
+        ("verl_pte.cli.new", "import rich\nfrom verl_pte.vllm.serve import serve"),
     ],
 )
 def test_checker_admits(module: str, source: str) -> None:
@@ -161,7 +184,20 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_public_names_load_without_verl() -> None:
     loaded = _loaded_by("import verl_pte\nfor name in verl_pte.__all__: getattr(verl_pte, name)")
     assert "torch" in loaded
-    assert not loaded & NOT_WITHOUT_VERL
+    assert not loaded & OPTIONAL
+
+
+def test_command_line_loads_nothing_heavy() -> None:
+    loaded = _loaded_by("import verl_pte.cli")
+    assert "typer" in loaded
+    assert not loaded & (OPTIONAL | {"torch", "transformers", "peft", "numpy"})
+
+
+def test_vllm_part_loads_vllm_on_use_only() -> None:
+    """It is asked for settings and versions where vLLM is missing, or not to be touched yet."""
+    names = ("plugin", "settings", "version", "weights", "options", "serve", "stream")
+    loaded = _loaded_by("import verl_pte.vllm, " + ", ".join(f"verl_pte.vllm.{name}" for name in names))
+    assert not loaded & OPTIONAL
 
 
 # -- one schedule ----------------------------------------------------------------------------------------
@@ -178,6 +214,8 @@ def schedule_arithmetic(source: str) -> list[str]:
             sides = (node.left, node.right)
             if any(isinstance(side, ast.List) for side in sides):
                 continue  # repeats a list
+            if isinstance(node.op, ast.Mod) and getattr(node.right, "id", "").isupper():
+                continue  # asks whether a setting is a multiple of what kernels demand
             for side in sides:
                 name = getattr(side, "attr", getattr(side, "id", ""))
                 if name in _SCHEDULE_NUMBERS:
@@ -197,4 +235,6 @@ def test_schedule_arithmetic_is_recognised() -> None:
     assert schedule_arithmetic("c = math.ceil(config.evict_fraction * config.window)") != []
     assert schedule_arithmetic("first = (position - pinned) // chunk") != []
     assert schedule_arithmetic((ROOT / PACKAGE / "core" / "schedule.py").read_text()) != []
+    assert schedule_arithmetic("offset = position % schedule.block_size") != []
     assert schedule_arithmetic("slots = pinned_max + window") == []
+    assert schedule_arithmetic("if pte.block_size % BLOCK_MULTIPLE: raise ValueError") == []

@@ -133,6 +133,11 @@ class RolloutEngine:
         """Whether any request waits or runs."""
         return bool(self._waiting or self._running)
 
+    @property
+    def running(self) -> list[RunningSequence]:
+        """What holds a row, with what it has generated so far; to be read only."""
+        return list(self._running.values())
+
     @torch.no_grad()
     def step(self) -> list[RolloutOutput]:
         """Prefill into free rows, then decode one token of every running sequence; returns what finished."""

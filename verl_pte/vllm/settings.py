@@ -10,14 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl_pte.config import PTEConfig
+from verl_pte.vllm.architectures import ARCHITECTURES
 from verl_pte.vllm.version import require_version
 
-ARCHITECTURES = {
-    "qwen2": "PTEQwen2ForCausalLM",
-    "qwen3": "PTEQwen3ForCausalLM",
-    "llama": "PTELlamaForCausalLM",
-    "mistral": "PTEMistralForCausalLM",
-}
 # What vLLM's attention kernels, on CPUs and GPUs, demand of a cache block.
 BLOCK_MULTIPLE = 16
 
@@ -78,13 +73,14 @@ def engine_args(
     from transformers import AutoConfig
 
     from verl_pte.peft.model import check_architecture
+    from verl_pte.peft.saved import saved_config
 
     require_version()
     use_first_model_runner()
     if pte is None:
         if adapter is None:
             raise ValueError("engine_args: give pte=PTEConfig(...), or adapter=DIR to read it from")
-        pte = _saved_config(adapter)
+        pte = saved_config(adapter)
     if pte.block_size % BLOCK_MULTIPLE:
         raise ValueError(
             f"block_size={pte.block_size}: must be a multiple of {BLOCK_MULTIPLE} with vLLM, whose kernels want such "
@@ -129,12 +125,16 @@ def check(vllm_config: Any) -> None:
     require("block_size", cache.block_size, settings.pte.block_size, "the block size of the eviction schedule")
     one = "a sequence's cache and thought state are not split that way"
     require("pipeline_parallel_size", parallel.pipeline_parallel_size, 1, one)
+    require("data_parallel_size", parallel.data_parallel_size, 1, "it was not tried; run several servers")
     require("decode_context_parallel_size", parallel.decode_context_parallel_size, 1, one)
     require("prefill_context_parallel_size", parallel.prefill_context_parallel_size, 1, one)
     require("enable_dbo", parallel.enable_dbo, False, "its half-batches would share one set of block tables")
     require(
         "speculative_config", vllm_config.speculative_config, None, "rejected tokens cannot be taken out of a state"
     )
+    require("quantization", vllm_config.model_config.quantization, None, "the learner replays with unquantised weights")
+    if settings.adapter is not None and vllm_config.load_config.load_format == "dummy":
+        raise ValueError("load_format='dummy': must be auto with an adapter, which is loaded with the base's weights")
     require("enable_lora", vllm_config.lora_config is not None, False, "the PTE adapter is the adapter")
     require("kv_transfer_config", vllm_config.kv_transfer_config, None, "thought states do not travel with KV blocks")
     if cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
@@ -145,14 +145,3 @@ def check(vllm_config: Any) -> None:
     require("VLLM_USE_V2_MODEL_RUNNER", bool(use_v2), False, "PTE extends vLLM's first model runner")
     if not vllm_config.scheduler_config.enable_chunked_prefill:
         raise ValueError("enable_chunked_prefill=False: must be True with PTE, a chunk ends where tokens are evicted")
-
-
-def _saved_config(adapter: str) -> PTEConfig:
-    from peft import PeftConfig
-
-    import verl_pte.peft  # noqa: F401  registers the method with PEFT
-
-    config = PeftConfig.from_pretrained(adapter)
-    if not isinstance(config, PTEConfig):
-        raise ValueError(f"adapter={adapter}: holds a {config.peft_type} adapter, not a PTE one")
-    return config

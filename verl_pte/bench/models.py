@@ -1,0 +1,69 @@
+"""The models a benchmark runs: a base with random weights, and an adapter for each method.
+
+All methods share the base, and the same random `lora_A` and `lora_B`; `lora_B` is not zero, so no product is one of
+zeros. PTE has its encoders besides.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+from transformers.utils import logging
+
+from verl_pte.bench.settings import HEAD_DIM, METHODS, Settings
+from verl_pte.peft import attach
+
+VOCAB = 8192
+
+
+def base_config(settings: Settings) -> Any:
+    """The base's transformers config. Raises ValueError if it has fewer positions than the longest sequence tokens."""
+    positions = settings.prompt_length + max(settings.lengths)
+    if settings.model is None:
+        heads = settings.hidden_size // HEAD_DIM
+        return Qwen2Config(
+            vocab_size=VOCAB,
+            hidden_size=settings.hidden_size,
+            intermediate_size=3 * settings.hidden_size,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 4 if heads % 4 == 0 else heads,
+            max_position_embeddings=positions,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=None,
+        )
+    path = Path(settings.model)
+    config = AutoConfig.for_model(**json.loads((path if path.is_file() else path / "config.json").read_text()))
+    if config.max_position_embeddings < positions:
+        raise ValueError(
+            f"--lengths {max(settings.lengths)}: with a prompt of {settings.prompt_length} exceeds the model's "
+            f"max_position_embeddings={config.max_position_embeddings}"
+        )
+    return config
+
+
+def make_models(settings: Settings, folder: Path) -> None:
+    """Write the base to ``folder/base`` and each method's adapter to ``folder/<method>``."""
+    logging.disable_progress_bar()
+    torch.manual_seed(settings.seed)
+    model = AutoModelForCausalLM.from_config(base_config(settings), dtype=getattr(torch, settings.dtype))
+    model.save_pretrained(folder / "base")
+    for method in METHODS:
+        torch.manual_seed(settings.seed)
+        attached = attach(model, settings.method(method))
+        generator = torch.Generator().manual_seed(settings.seed)
+        for name, parameter in attached.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+        attached.save_pretrained(folder / method)
+        model = attached.unload()
+
+
+def random_prompts(settings: Settings, vocab_size: int) -> list[list[int]]:
+    """One prompt for each sequence."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    shape = (settings.num_seqs, settings.prompt_length)
+    return torch.randint(0, vocab_size, shape, generator=generator).tolist()

@@ -1,0 +1,129 @@
+"""What the samples say: medians, spreads and ratios, as a table and a plot.
+
+A ratio of times is one within a turn, in which the methods ran one after another; given are the median over the turns,
+and the least and greatest.
+"""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from verl_pte.bench.settings import BASELINE, METHODS, Settings
+
+MIB = 2**20
+COLORS = {"full": "tab:gray", "lora_c": "tab:blue", "pte": "tab:orange"}
+
+
+def summarize(settings: Settings, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each length and method."""
+    baseline = {(s["length"], s["repeat"]): s for s in samples if s["method"] == BASELINE}
+    rows = []
+    for length in settings.lengths:
+        for method in METHODS:
+            mine = [s for s in samples if (s["length"], s["method"]) == (length, method)]
+            times = [s["seconds"] for s in mine]
+            ratios = {
+                key: [s[key] / baseline[length, s["repeat"]][key] for s in mine] for key in ("seconds", "cpu_seconds")
+            }
+            rows.append(
+                {
+                    "method": method,
+                    "length": length,
+                    "tokens": mine[0]["tokens"],
+                    "tokens_per_second": mine[0]["tokens"] / median(times),
+                    "seconds": median(times),
+                    "seconds_range": [min(times), max(times)],
+                    "time_ratio": median(ratios["seconds"]),
+                    "time_ratio_range": [min(ratios["seconds"]), max(ratios["seconds"])],
+                    "cpu_time_ratio": median(ratios["cpu_seconds"]),
+                    "evictions": mine[0]["evictions"],
+                    "peak_cache_tokens": _largest(mine, "peak_cache_tokens"),
+                    "peak_cache_blocks": _largest(mine, "peak_cache_blocks"),
+                    "held_bytes": _largest(mine, "held_bytes"),
+                }
+            )
+    return rows
+
+
+def memory(samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of each method: what it allocated for caches at most, and the peaks of its process, loading included."""
+    keys = ("allocated_bytes", "peak_memory", "peak_gpu_memory")
+    return {
+        method: {key: _largest([s for s in samples if s["method"] == method], key) for key in keys}
+        for method in METHODS
+    }
+
+
+def tables(settings: Settings, rows: list[dict[str, Any]], of_method: dict[str, dict[str, Any]]) -> Group:
+    """For the terminal: what depends on the length, then what does not."""
+    baseline = METHODS[BASELINE].title
+    times = Table(
+        title=f"{settings.engine} rollout: {settings.num_seqs} sequences, prompts of {settings.prompt_length}, "
+        f"W={settings.window}, rank {settings.rank}, {settings.dtype}",
+        caption="Times are medians over the repeats. Blocks and MiB: one sequence at its peak.",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for name in ("length", "method", "tok/s", "seconds", "spread", f"/ {baseline}", "range", "blocks", "MiB"):
+        times.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        (fastest, slowest), (low, high) = row["seconds_range"], row["time_ratio_range"]
+        times.add_row(
+            str(row["length"]),
+            METHODS[row["method"]].title,
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['seconds']:.2f}",
+            f"{(slowest - fastest) / row['seconds']:.0%}",
+            f"{row['time_ratio']:.2f}",
+            "" if row["method"] == BASELINE else f"{low:.2f}-{high:.2f}",
+            "-" if row["peak_cache_blocks"] is None else str(row["peak_cache_blocks"]),
+            f"{row['held_bytes'] / MIB:.2f}",
+            end_section=row["method"] == list(METHODS)[-1],
+        )
+    peaks = Table(
+        caption="Peaks are of the whole process: libraries, weights and compilation included.", box=box.SIMPLE_HEAD
+    )
+    for name in ("method", "MiB for caches", "peak resident MiB", "peak GPU MiB"):
+        peaks.add_column(name, justify="left" if name == "method" else "right")
+    for method, values in of_method.items():
+        mib = ["-" if value is None else f"{value / MIB:.1f}" for value in values.values()]
+        peaks.add_row(METHODS[method].title, *mib)
+    return Group(times, peaks)
+
+
+def draw(settings: Settings, rows: list[dict[str, Any]], path: Path) -> None:
+    """Tokens per second and bytes per sequence against the length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (speed, held) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    for method, (title, _) in METHODS.items():
+        mine = [row for row in rows if row["method"] == method]
+        lengths = [row["length"] for row in mine]
+        style: dict[str, Any] = {"marker": ".", "color": COLORS[method], "label": title}
+        if method == "pte":
+            style["linestyle"] = "--"  # LoRA_c lies under it on the right
+        speed.plot(lengths, [row["tokens_per_second"] for row in mine], **style)
+        slowest, fastest = ([row["tokens"] / row["seconds_range"][end] for row in mine] for end in (1, 0))
+        speed.fill_between(lengths, slowest, fastest, color=COLORS[method], alpha=0.15, linewidth=0)
+        held.plot(lengths, [row["held_bytes"] / MIB for row in mine], **style)
+    speed.set(title=f"tokens per second, {settings.num_seqs} sequences")
+    held.set(title="cache and state of a sequence, MiB")
+    for axes in (speed, held):
+        axes.set_xticks(settings.lengths)
+        axes.set(xlabel="tokens generated a sequence", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _largest(samples: list[dict[str, Any]], key: str) -> Any:
+    return max((s[key] for s in samples if s[key] is not None), default=None)

@@ -1,0 +1,116 @@
+"""What a rollout benchmark runs: three methods, and the sizes, lengths and repeats they share.
+
+Left out: how it is run (rollout.py) and what is made of the samples (report.py).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from verl_pte.config import PTEConfig
+
+ENGINES = ("vllm", "native")
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")
+HEAD_DIM = 64  # of the random model; vLLM's CPU attention has kernels for it
+
+
+class Method(NamedTuple):
+    """A title, and the PTE settings that differ from a run's own."""
+
+    title: str
+    knobs: dict[str, Any]
+
+
+# In the order in which they take turns.
+METHODS = {
+    "full": Method("full cache", {"window": None, "freeze_state": True}),
+    "lora_c": Method("LoRA_c", {"freeze_state": True}),
+    "pte": Method("PTE", {}),
+}
+BASELINE = "lora_c"  # what times are compared with: the same window, without thought states
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run. Raises ValueError naming the option, its value and what would be right.
+
+    Attributes:
+        engine: `vllm` or `native`.
+        lengths: tokens generated for each sequence, one measurement each.
+        window: W of LoRA_c and PTE, in tokens.
+        num_seqs: sequences decoded at once.
+        prompt_length: of every sequence.
+        rank: of the adapter.
+        hidden_size, layers: of the random Qwen2, whose other sizes follow; not looked at with `model`.
+        model: a transformers config.json, or its folder, to take all sizes from instead.
+        dtype: of weights and cache.
+        device: where the native engine runs; vLLM runs where its build does.
+        threads: of each method's process, on CPUs.
+        eager: vLLM without torch.compile and CUDA graphs. The native engine is not compiled here either way.
+        repeats: measurements of each method and length.
+        seed: of weights and prompts.
+    """
+
+    engine: str = "vllm"
+    lengths: tuple[int, ...] = (512, 1024, 2048)
+    window: int = 256
+    num_seqs: int = 8
+    prompt_length: int = 64
+    rank: int = 32
+    hidden_size: int = 512
+    layers: int = 8
+    model: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    threads: int = 1
+    eager: bool = False
+    repeats: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("engine", ENGINES), ("dtype", DTYPES), ("device", DEVICES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(allowed)}")
+        lengths = ",".join(map(str, self.lengths))
+        if not self.lengths or any(length < 1 for length in self.lengths):
+            raise ValueError(f"--lengths {lengths}: must be positive numbers of tokens")
+        if sorted(set(self.lengths)) != list(self.lengths):
+            raise ValueError(f"--lengths {lengths}: must rise, each length is measured once")
+        for name in ("num_seqs", "prompt_length", "rank", "hidden_size", "layers", "threads", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.hidden_size % HEAD_DIM:
+            raise ValueError(f"--hidden-size {self.hidden_size}: must be a multiple of {HEAD_DIM}, the width of a head")
+        if self.engine == "vllm" and self.device != "auto":
+            raise ValueError(
+                f"--device {self.device}: must be auto with --engine vllm, which runs where its build does"
+            )
+        if self.model is not None and not Path(self.model).exists():
+            raise ValueError(f"--model {self.model}: there is none; give a config.json, or the folder it is in")
+        self.method("pte")  # checks the window
+
+    def method(self, name: str) -> PTEConfig:
+        """The configuration of one of METHODS."""
+        knobs = {"window": self.window} | METHODS[name].knobs
+        return PTEConfig(rank=self.rank, alpha=float(self.rank), **knobs)
+
+    def most_tokens(self, name: str, length: int) -> int:
+        """Most tokens a sequence of a method may hold: prompt and answer, or the schedule's bound if that is less."""
+        limit = self.method(name).schedule().cache_limit(self.prompt_length)
+        full = self.prompt_length + length
+        return full if limit is None else min(full, limit)
+
+
+# A run that takes seconds, to see that all works. Its times say little: Python takes longer than the arithmetic.
+QUICK: dict[str, Any] = {
+    "lengths": (32, 64, 128),
+    "window": 32,
+    "num_seqs": 2,
+    "prompt_length": 20,
+    "rank": 8,
+    "hidden_size": 128,
+    "layers": 2,
+    "eager": True,
+    "repeats": 2,
+}

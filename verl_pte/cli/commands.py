@@ -1,0 +1,242 @@
+"""What the two commands are told, and how they end: 0, 2 for what the user can correct, 1 for a wrong installation.
+
+Left out: the server (verl_pte/vllm/serve.py) and the chat (chat.py, terminal.py, display.py).
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from verl_pte.config import PTEConfig
+    from verl_pte.engine.stream import Streamer
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Models trained with Progressive Thought Encoding, under a bounded KV cache.",
+)
+
+
+class Engine(StrEnum):
+    """Which engine generates."""
+
+    native = "native"
+    vllm = "vllm"
+
+
+Model = Annotated[str, typer.Option(help="Base model: a directory, or a hub id.")]
+Adapter = Annotated[
+    str | None,
+    typer.Option(help="Folder of a saved PTE adapter; of a verl checkpoint, actor/pte_adapter.", show_default="none"),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Thought tokens the cache holds beyond the pinned ones; 0 for a full cache. To be given where there is no "
+        "adapter, which is the untouched base model.",
+        show_default="the adapter's",
+    ),
+]
+Options = Annotated[
+    list[str] | None, typer.Argument(metavar="-- VLLM_OPTIONS", help="Any options of vllm serve, behind a --.")
+]
+
+
+@app.command()
+def serve(
+    model: Model,
+    adapter: Adapter = None,
+    window: Window = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Prompt and answer together.", show_default="the model's positions")
+    ] = None,
+    max_prompt_length: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest prompt, which with the window bounds what a request may hold. A longer one gets HTTP 500; "
+            "the log says why.",
+            show_default="max-model-len",
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is all of them.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name of the model in requests.", show_default="--model")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="As vLLM's: auto runs float32 checkpoints in 16 bits, float32 keeps them.")
+    ] = "auto",
+    options: Options = None,
+) -> None:
+    """Serve a model under PTE with vLLM's OpenAI-compatible HTTP server, at constant memory per request.
+
+    The prompt is never evicted; of the answer the last WINDOW tokens stay in the cache. Every response that is not
+    streamed says in its field kv_transfer_params, under "pte": num_evictions, peak_cache_tokens (most tokens a layer
+    held), peak_cache_blocks and num_preemptions.
+
+    There is no password unless you give one: -- --api-key KEY.
+    """
+    named = {
+        "host": host,
+        "port": port,
+        "max-model-len": max_model_len,
+        "served-model-name": served_model_name,
+        "dtype": dtype,
+    }
+    with _user_errors():
+        args = _vllm_arguments(_Source(model, adapter, window), max_prompt_length, named, options)
+        from verl_pte.vllm.serve import serve as run
+
+        run(args)
+
+
+@app.command()
+def generate(
+    model: Model,
+    adapter: Adapter = None,
+    engine: Annotated[Engine, typer.Option(help="What runs the model; vllm needs verl-pte's extra of that name.")] = (
+        Engine.native
+    ),
+    prompt: Annotated[
+        str | None, typer.Option(help="Answer this and end.", show_default="chat in a terminal, else standard input")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
+    max_prompt_length: Annotated[
+        int, typer.Option(min=1, help="Longest prompt, the history of the chat included.")
+    ] = 8192,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling.", show_default="random")] = None,
+    window: Window = None,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16, float16; vLLM's auto is never float32.")
+    ] = "auto",
+    options: Options = None,
+) -> None:
+    """Talk to a model under PTE, and watch its cache.
+
+    In a terminal this is a chat: Ctrl-C stops an answer, /clear forgets the conversation, exit or Ctrl-D ends it. What
+    was said before becomes part of the next prompt, and a prompt is never evicted: the bound on the cache grows with
+    the conversation, not with the length of an answer.
+
+    With --prompt, or where input or output is not a terminal, it answers once: the text goes to standard output, the
+    numbers to standard error.
+    """
+    source = _Source(model, adapter, window)
+    interactive = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    with _user_errors():
+        from verl_pte.cli.chat import Chat, load_tokenizer
+        from verl_pte.cli.terminal import answer_once, converse
+        from verl_pte.engine import SamplingParams
+
+        sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
+        if engine is Engine.native and options:
+            raise ValueError(f"{options[0]}: vLLM's options need --engine vllm")
+        source.settings()  # what is wrong with it comes first
+        tokenizer = load_tokenizer(model)
+        waiting = Console(stderr=True).status(f"loading {model}") if interactive else nullcontext()
+        with waiting:
+            if engine is Engine.vllm:
+                streamer = _vllm_streamer(source, dtype, max_prompt_length, options or [])
+            else:
+                streamer = _native_streamer(source, tokenizer, dtype, max_prompt_length)
+        chat = Chat(streamer, tokenizer, sampling)
+        if interactive:
+            converse(chat)
+        elif not answer_once(chat, sys.stdin.read() if prompt is None else prompt):
+            raise typer.Exit(_INTERRUPTED)
+
+
+class _Source(NamedTuple):
+    """What is to be run, as named on the command line."""
+
+    model: str
+    adapter: str | None
+    window: int | None
+
+    def settings(self) -> "PTEConfig":
+        """The adapter's settings, or those of the untouched base; under another window if asked."""
+        from verl_pte.config import PTEConfig
+        from verl_pte.peft.saved import base_config, saved_config
+
+        if self.adapter is None and self.window is None:
+            raise ValueError(
+                "--adapter DIR is missing; for the base model alone give --window N, the thought tokens its cache holds"
+            )
+        base_config(self.model)
+        # For the base the smallest adapter there is: untrained it does nothing.
+        pte = PTEConfig(rank=1, freeze_state=True) if self.adapter is None else saved_config(self.adapter)
+        if self.window is not None:
+            pte.window = self.window or None
+            pte.schedule()  # checks it
+        return pte
+
+
+def _vllm_arguments(
+    source: _Source, max_prompt_length: int | None, named: dict[str, Any], options: Sequence[str] | None
+) -> Any:
+    """vLLM's arguments: PTE's, those with a name here, and the user's own, which come last and win."""
+    from verl_pte.vllm import engine_args
+    from verl_pte.vllm.version import require_version
+
+    try:
+        require_version()
+    except RuntimeError as error:
+        _fail(error, 1)
+    pte = source.settings()
+    ours = engine_args(source.model, pte=pte, adapter=source.adapter, max_prompt_length=max_prompt_length)
+    from verl_pte.vllm.options import parse
+
+    given = [f"--{name}={value}" for name, value in named.items() if value is not None]
+    return parse(ours, [*given, *(options or ())])
+
+
+def _vllm_streamer(source: _Source, dtype: str, max_prompt_length: int, options: Sequence[str]) -> "Streamer":
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    named = {"dtype": dtype}
+    args = _vllm_arguments(source, max_prompt_length, named, ["--no-use-tqdm-on-load", *options])
+    from verl_pte.vllm.stream import VLLMStreamer
+
+    return VLLMStreamer(args, max_prompt_length)
+
+
+def _native_streamer(source: _Source, tokenizer: Any, dtype: str, max_prompt_length: int) -> "Streamer":
+    import torch
+
+    from verl_pte.engine.stream import NativeStreamer
+    from verl_pte.peft.saved import load
+
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype={dtype}: must be one of {', '.join(_DTYPES)}")
+    model = load(source.model, source.adapter, source.settings(), dtype)
+    return NativeStreamer(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, max_prompt_length)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn what the user can correct into a line and an exit status."""
+    try:
+        yield
+    except ValueError as error:
+        _fail(error, 2)
+
+
+def _fail(error: Exception, status: int) -> NoReturn:
+    Console(stderr=True).print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
+    raise typer.Exit(status) from None
