@@ -88,7 +88,8 @@ def _run(settings: Settings, output: Path) -> None:
     if find_spec("matplotlib") is None:
         raise RuntimeError("the plot needs matplotlib: pip install 'verl-pte[docs]'")
     output.mkdir(parents=True, exist_ok=True)
-    hardware = machine.hardware()
+    # Before the run: its own load would be counted, and a checkout may move on.
+    hardware, commit = machine.hardware(), machine.commit()
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
@@ -102,7 +103,7 @@ def _run(settings: Settings, output: Path) -> None:
         "settings": dataclasses.asdict(settings),
         "machine": hardware,
         "versions": machine.versions(),
-        "commit": machine.commit(),
+        "commit": commit,
         "workers": measured.workers,
         "summary": rows,
         "memory": memory,
