@@ -78,6 +78,13 @@ def test_a_word_ends_the_conversation(chat_model: ChatModel, word: str, monkeypa
     assert "ab" in capsys.readouterr().out.splitlines()
 
 
+def test_conversation_goes_on_after_an_error(chat_model: ChatModel, monkeypatch, capsys) -> None:
+    lines = iter(["One", "Two", "exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    converse(Chat(Echo(error=ValueError("too long")), chat_model.tokenizer, SamplingParams()))
+    assert capsys.readouterr().out.splitlines().count("Error: too long") == 2
+
+
 def test_ctrl_c_ends_an_answer_through_pipes(chat_model: ChatModel, capsys) -> None:
     class Interrupted(Echo):
         def stream(self, prompt: list[int], sampling: SamplingParams) -> Iterator[Piece]:

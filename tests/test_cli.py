@@ -281,42 +281,54 @@ class Terminal:
         return bool(new)
 
 
+@pytest.fixture(scope="module")
+def patient_model(tmp_path_factory) -> ChatModel:
+    """Has positions for an answer that takes half a minute: nobody is too slow to interrupt it."""
+    return write_chat_model(tmp_path_factory.mktemp("patient"), max_positions=32768)
+
+
 @pytest.fixture(params=["native", "vllm"])
-def terminal(request, chat_model: ChatModel, monkeypatch) -> Iterator[Terminal]:
+def terminal(request, patient_model: ChatModel, monkeypatch) -> Iterator[Terminal]:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
+    lengths = ["--max-tokens", "20000", "--max-prompt-length", "12000"]
     options = [] if request.param == "native" else ["--", "--enforce-eager"]
-    started = Terminal([*arguments(chat_model, "--engine", request.param, "--max-tokens", "600"), *options])
+    started = Terminal([*arguments(patient_model, "--engine", request.param), *lengths, *options])
     yield started
     started.kill()
 
 
-def test_conversation(terminal: Terminal, chat_model: ChatModel) -> None:
+def test_conversation(terminal: Terminal, patient_model: ChatModel) -> None:
+    def say(text: str, limit: int, facts: str) -> tuple[str, str]:
+        """Say something, and stop the answer after some evictions: the numbers, and all that was shown."""
+        terminal.type(text + "\n")
+        shown = terminal.wait_for(rf"/{limit} tokens  [1-9]\d* evictions  \d+ generated")
+        os.write(terminal.terminal, b"\x03")
+        shown += terminal.wait_for("finish_reason=abort")
+        assert max(int(number) for number in re.findall(rf"cache \S+ (\d+)/{limit} tokens", shown)) <= limit
+        line = " ".join(shown[shown.rindex("prompt_tokens=") :].split())
+        assert re.fullmatch(rf"{facts} tokens=\d+ .* cache_limit={limit} finish_reason=abort", line)
+        terminal.wait_for("> ")
+        return line, shown
+
+    def limit(*texts: str) -> int:
+        return patient_model.model.peft_config["default"].schedule().cache_limit(len(patient_model.prompt(*texts)))
+
     terminal.wait_for("Ctrl-D ends it.*> ")
+    line, shown = say("Hello there", 64, "prompt_tokens=30")
+    count = int(re.search(r" tokens=(\d+)", line)[1])
+    assert 40 < count < 20000
+    said = patient_model.text(patient_model.greedy("Hello there", num_tokens=count))
+    for start in range(0, count - 80, 80):  # lines are 80 wide
+        assert said[start : start + 80] in shown
 
-    terminal.type("Hello there\n")
-    shown = terminal.wait_for("finish_reason=length")
-    assert re.search(r"cache \S+ \d+/64 tokens  \d+ evictions  \d+ generated", shown)
-    text = chat_model.text(chat_model.greedy("Hello there", num_tokens=600))
-    assert text[:80] in shown and text[-40:] in shown  # lines are 80 wide
-    held = [int(number) for number in re.findall(r"(\d+)/64 tokens", shown)]
-    assert held and max(held) <= 64
-
-    terminal.type("Again\n")
-    terminal.wait_for("/688 tokens  [1-9]")  # the first question and answer are part of this prompt
-    os.write(terminal.terminal, b"\x03")
-    shown = terminal.wait_for("finish_reason=abort")
-    assert int(re.search(r" tokens=(\d+)", shown.replace("\r\n", " "))[1]) < 300
-    terminal.wait_for("> ")
-
+    history = ("Hello there", said, "Again")  # what was said until then is part of the next prompt
+    say("Again", limit(*history), f"prompt_tokens={len(patient_model.prompt(*history))}")
     terminal.type("\x03")
     terminal.wait_for("exit or Ctrl-D ends the conversation.*> ")
     terminal.type("/clear\n")
     terminal.wait_for("forgotten.*> ")
-    terminal.type("Hello there\n")
-    assert "prompt_tokens=30 tokens=600" in terminal.wait_for("finish_reason=length")
-    terminal.type("x" * 1100 + "\n")
-    terminal.wait_for("Error: the prompt .* at most 1023.*> ")
+    say("Hello there", 64, "prompt_tokens=30")
     terminal.type("\x04")
     assert terminal.end() == 0
     assert "Traceback" not in terminal.shown

@@ -20,6 +20,19 @@ MERGE_REFUSED = (
 )
 
 
+def thought_encoder(kv_dim: int, config: PTEConfig) -> ThoughtEncoder:
+    """A new encoder for keys and values of `kv_dim` = kv heads x head_dim."""
+    return ThoughtEncoder(
+        kv_dim,
+        config.rank,
+        num_global_tokens=config.num_global_tokens,
+        update_strength=config.update_strength,
+        update_state=config.update_state,
+        normalize=config.normalize,
+        attention=config.attention,
+    )
+
+
 class PTELinear(nn.Module, BaseTunerLayer):
     """A frozen linear plus its state-modulated update: ``y = W x + (alpha/r) lora_B(S (lora_A x))``."""
 
@@ -69,16 +82,7 @@ class ThoughtEncoderLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._like = (like,)  # in a tuple, so that it is not registered as a child
-        encoder = ThoughtEncoder(
-            kv_dim,
-            config.rank,
-            num_global_tokens=config.num_global_tokens,
-            update_strength=config.update_strength,
-            update_state=config.update_state,
-            normalize=config.normalize,
-            attention=config.attention,
-        )
-        self.pte_encoder[adapter_name] = encoder
+        self.pte_encoder[adapter_name] = thought_encoder(kv_dim, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
 

@@ -27,6 +27,7 @@ from vllm.utils.platform_utils import is_pin_memory_available
 
 from verl_pte.config import PTEConfig
 from verl_pte.core.encoder import ThoughtEncoder
+from verl_pte.peft.layer import thought_encoder
 
 # vLLM's linears of a decoder layer, and the linears of the checkpoint they are merged from.
 LINEARS = {
@@ -147,15 +148,7 @@ class LayerAdapter(nn.Module):
         if states is not None:
             attn: Any = layer.get_submodule("self_attn")
             self._set_heads(attn)
-            self.encoder = ThoughtEncoder(
-                attn.total_num_kv_heads * attn.head_dim,
-                config.rank,
-                num_global_tokens=config.num_global_tokens,
-                update_strength=config.update_strength,
-                update_state=config.update_state,
-                normalize=config.normalize,
-                attention=config.attention,
-            ).requires_grad_(False)
+            self.encoder = thought_encoder(attn.total_num_kv_heads * attn.head_dim, config).requires_grad_(False)
             self.register_buffer("initial_RR", torch.zeros(config.rank, config.rank, dtype=torch.float32), False)
 
     @property
