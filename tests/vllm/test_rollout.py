@@ -230,6 +230,17 @@ def test_weights_sent_later_are_the_ones_used(models, tmp_path):
     assert trained.oracle(run.prompts[0], 150)[0] != before
 
 
+def test_weights_of_another_size_are_refused(models, tmp_path):
+    """Also where a rank takes a part of the tensor: the part would fit."""
+    model = models("qwen3")
+    name = next(n for n, _ in model.model.named_parameters() if "q_proj.pte_adapter" in n and "lora_B" in n)
+    own = model.model.get_parameter(name)
+    save_file({name: torch.zeros(2 * own.shape[0], own.shape[1])}, tmp_path / "sent.safetensors")
+    run = model.run([[1, 2, 3]], 2, weights=str(tmp_path / "sent.safetensors"))
+    with pytest.raises(AssertionError, match=r"q_proj\.lora_B has shape \(256, 6\), the rollout model's \(128, 6\)"):
+        carry_out([run], tmp_path)
+
+
 def test_a_pool_smaller_than_the_longest_sequence_is_admitted(models, tmp_path):
     """Seven blocks of memory, six of them usable: pinned 64 + window 32; the sequence takes 29.
 

@@ -46,7 +46,7 @@ def check_vllm_rollout(config: Any, pte: Any) -> None:
             f"model.pte.block_size={pte.block_size}: must be a multiple of {BLOCK_MULTIPLE} with "
             f"rollout.name={VLLM_ROLLOUT}, vLLM's kernels want such cache blocks"
         )
-    why = "a sequence's cache and thought state are not split that way; tensor_model_parallel_size is"
+    why = "a replica is one vLLM engine, which PTE splits by tensor_model_parallel_size alone"
     for key in ("pipeline_model_parallel_size", "data_parallel_size", "expert_parallel_size"):
         require(rollout, key, 1, why, prefix=_PREFIX)
     naive = "the training workers hand their weights to the server beside them"

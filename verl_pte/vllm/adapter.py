@@ -113,20 +113,19 @@ class MergedStateLoRA(nn.Module):
         """
         i = self.index[part]
         if which == "lora_A":
-            mine, dim, shards = self.lora_A[i * self.rank : (i + 1) * self.rank], 1, self.row_parallel
-            position = self.tp_rank
+            mine, dim, sharded = self.lora_A[i * self.rank : (i + 1) * self.rank], 1, self.row_parallel
         else:
-            mine, dim, shards = self.lora_B[i], 0, not self.row_parallel
-            position = self.tp_rank // (self.kv_replicas if part in ("k_proj", "v_proj") else 1)
-        if shards:
-            width = mine.shape[dim]
-            full = full.narrow(dim, position * width, width) if full.shape[dim] >= (position + 1) * width else full
-        if full.shape != mine.shape:
+            mine, dim, sharded = self.lora_B[i], 0, not self.row_parallel
+        replicas = self.kv_replicas if part in ("k_proj", "v_proj") else 1
+        shards, position = (self.tp_size // replicas, self.tp_rank // replicas) if sharded else (1, 0)
+        whole, width = list(mine.shape), mine.shape[dim]
+        whole[dim] *= shards
+        if list(full.shape) != whole:
             raise ValueError(
-                f"load_weights: {part}.{which} has shape {tuple(full.shape)}, the rollout model's {tuple(mine.shape)}; "
+                f"load_weights: {part}.{which} has shape {tuple(full.shape)}, the rollout model's {tuple(whole)}; "
                 "was the adapter made with other settings?"
             )
-        mine.copy_(full)
+        mine.copy_(full.narrow(dim, position * width, width))
 
 
 class LayerAdapter(nn.Module):

@@ -2,8 +2,8 @@
 
 All tokens of a step see one window and one thought state, so a step may not run past the next eviction. vLLM has a
 hook that shortens a request's step (made for Mamba models); it is called right before blocks are allocated, which is
-also the moment to give evicted ones back. Preemption needs nothing: a resumed request is recomputed through the same
-boundaries, and its state with it.
+also the moment to give evicted ones back. A request resumed from preemption is recomputed through the same boundaries,
+and its state with it.
 
 Left out: block bookkeeping (kv_cache.py). Facts about a finished response, evictions and peak cache, ride to the
 client in ``RequestOutput.kv_transfer_params``, the one per-request field a scheduler may fill.
