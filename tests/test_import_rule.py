@@ -24,10 +24,21 @@ MAY_IMPORT = {
     "peft": {"core", "config", "peft"},
     "engine": {"core", "config", "peft", "engine"},
     "learner": {"core", "config", "peft", "learner"},
+    "distill": {"core", "config", "peft", "engine", "learner", "distill"},
     "vllm": {"core", "config", "peft", "engine", "vllm"},
     "verl": {"core", "config", "peft", "engine", "learner", "patches", "vllm", "verl"},
-    "cli": {"core", "config", "peft", "engine", "vllm", "cli"},
-    "bench": {"", "core", "config", "peft", "engine", "learner", "vllm", "bench"},  # names the version it measured
+    "cli": {"core", "config", "peft", "engine", "distill", "vllm", "cli"},
+    "bench": {
+        "",
+        "core",
+        "config",
+        "peft",
+        "engine",
+        "learner",
+        "distill",
+        "vllm",
+        "bench",
+    },  # names the version it measured
     "patches": {"patches"},  # patches of verl: the bottom layer, the plugin hands them what they call
     "": set(),  # verl_pte/__init__.py names its public parts as strings and loads them on use
 }

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from verl_pte.core.cache import BoundedCache
-from verl_pte.core.schedule import Chunk
+from verl_pte.core.schedule import Chunk, Schedule
 from verl_pte.engine.forward import Forward
 from verl_pte.engine.request import RolloutOutput, RunningSequence
 from verl_pte.engine.sampling import SamplingParams, sample
@@ -32,10 +32,15 @@ class RolloutEngine:
 
     Args:
         model: from ``verl_pte.attach`` or ``PeftModel.from_pretrained``; put into eval mode and, if asked, cast and
-        moved. tokenizer: only its end-of-sequence token is used; without one the model's generation config says what
-        ends a response. max_num_seqs: rows, i.e. sequences decoded at once. max_prompt_length, max_response_length:
-        in tokens; size the rows and bound requests. dtype, device: of the model and cache; None leaves the model as
-        it is. compile: run decode steps through torch.compile. cuda_graph: capture decode steps on a CUDA device.
+            moved.
+        tokenizer: only its end-of-sequence token is used; without one the model's generation config says what ends a
+            response.
+        max_num_seqs: rows, i.e. sequences decoded at once.
+        max_prompt_length, max_response_length: in tokens; size the rows and bound requests.
+        dtype, device: of the model and cache; None leaves the model as it is.
+        schedule: in place of the model's, e.g. its ``full()`` for a teacher.
+        compile: run decode steps through torch.compile.
+        cuda_graph: capture decode steps on a CUDA device.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class RolloutEngine:
         max_response_length: int,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        schedule: Schedule | None = None,
         compile: bool = False,
         cuda_graph: bool = True,
     ) -> None:
@@ -60,7 +66,7 @@ class RolloutEngine:
             if value < 1:
                 raise ValueError(f"{key}={value}: must be at least 1")
         self.config = pte_config(model)
-        self.schedule = self.config.schedule()
+        self.schedule = schedule or self.config.schedule()
         limit = model.config.max_position_embeddings
         if max_prompt_length + max_response_length > limit:
             raise ValueError(

@@ -8,18 +8,22 @@ values (owed by the later calls that attended to or encoded them) and of its sta
 What arrives at the visible past and at the previous state is passed on. The sum is backpropagation through one graph,
 with the activations and logits of one call.
 
+With a `teacher` (the hidden states another policy, of the same output layer, had at the same tokens) it also returns
+KL(teacher || model) over the whole vocabulary at every response token, and takes its gradient. Hidden states stand for
+logits because they are a vocabulary's share of the size; they come from a replay with ``keep_hidden``.
+
 ``gradient: state`` treats keys and values of earlier segments as constants, ``truncated`` the earlier state as well.
 Memory is one call's activations, the K/V store (store.py) and 4 * rank^2 bytes per layer, sequence and call for the
 states.
 
 Under FSDP2 every rank must make the same calls: pass `group`, and ranks that have fewer run idle ones.
 
-Shape suffixes: B sequences, N tokens of a call, T longest response, V vocabulary.
+Shape suffixes: B sequences, N tokens of a call, T longest response, V vocabulary, M hidden size.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -40,10 +44,22 @@ class ReplayOutput:
 
     log_probs: Tensor  # [B, T] float32, after temperature, 0 beyond a response's end
     entropy: Tensor | None  # [B, T] float32 of the distribution after temperature
+    divergence: Tensor | None  # [B, T] float32 KL(teacher || model), after temperature
+    hidden: Tensor | None  # [B, T, M] the output layer's inputs, in the model's dtype
     mask: Tensor  # [B, T] bool, True on response tokens
     num_evictions: list[int]  # per sequence
     state_norm: float  # mean ||S|| before an update, over layers and evictions; nan if nothing was evicted
     update_ratio: float  # mean ||S'|| / ||S||, S' before rescaling
+
+
+class Scores(NamedTuple):
+    """What a call says of its predicting columns, N of them."""
+
+    log_probs_BN: Tensor
+    entropy_BN: Tensor | None
+    divergence_BN: Tensor | None
+    hidden_BNM: Tensor | None
+    anchor: Tensor  # a zero that keeps the whole graph in backward
 
 
 class Replay:
@@ -55,6 +71,8 @@ class Replay:
         temperature: of the distribution whose log-probs are asked for; one number or [B].
         schedule, gradient, kv_store, chunk_tokens: override the model's PTEConfig.
         entropy: compute the entropy too.
+        teacher: [B, T, M] hidden states of the teacher at the response tokens: compute the divergence from it too.
+        keep_hidden: return the hidden states, for another replay's `teacher`.
         group: process group whose ranks replay in step.
         progress: show a bar over the calls.
     """
@@ -71,6 +89,8 @@ class Replay:
         kv_store: str | None = None,
         chunk_tokens: int | None = None,
         entropy: bool = False,
+        teacher: Tensor | None = None,
+        keep_hidden: bool = False,
         group: dist.ProcessGroup | None = None,
         progress: bool = False,
     ) -> None:
@@ -84,6 +104,7 @@ class Replay:
                     raise ValueError(f"{kind} {b} is empty: a replay needs at least one prompt and one response token")
         config = pte_config(model)
         self.model, self.config, self.entropy, self.progress = model, config, entropy, progress
+        self.teacher, self.keep_hidden = teacher, keep_hidden
         self.gradient = gradient or config.gradient
         self.on_host = (kv_store or config.kv_store) == "host"
         self.device = next(model.parameters()).device
@@ -97,6 +118,11 @@ class Replay:
         self.schedule = schedule or config.schedule()
         chunk_tokens = chunk_tokens or config.chunk_tokens
         self.plan = ReplayPlan(self.schedule, prompts, responses, chunk_tokens, self.device)
+        if teacher is not None and teacher.shape[:2] != (len(prompts), max(self.plan.response_lens)):
+            raise ValueError(
+                f"teacher of shape {tuple(teacher.shape)}: must be [{len(prompts)}, {max(self.plan.response_lens)}, "
+                "hidden size], the hidden states at the response tokens of these sequences"
+            )
         self.num_calls = _agree(self.plan.num_calls, group, self.device)
         self.temperature_B = torch.as_tensor(temperature, dtype=torch.float32, device=self.device).expand(len(prompts))
         self.stores: list[KVStore] = []
@@ -109,38 +135,52 @@ class Replay:
 
     @torch.no_grad()
     def forward(self) -> ReplayOutput:
-        """Log-probs and entropy; keeps what `backward` needs."""
+        """Log-probs and what else was asked for; keeps what `backward` needs."""
         longest = max(self.plan.response_lens)
-        shape = (self.plan.batch_size, longest + 1)  # the last column takes what predicts nothing
-        log_probs, entropy = torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device)
+        gathered: list[Tensor | None] = [None] * 4
         self._states = [[None] * self.num_layers]
         ratios: list[Tensor] = []
         norms: list[Tensor] = []
         for index in tqdm(range(self.num_calls), desc="replay", unit="call", disable=not self.progress):
             call = self.plan.call(index)
             cache = self._cache(call, self._states[index])
-            log_probs_BN, entropy_BN, _ = self._run(call, cache)
+            scores = self._run(call, cache)
             slots_BN = call.response_BN[:, call.columns]
-            log_probs.scatter_(1, slots_BN, log_probs_BN)
-            if entropy_BN is not None:
-                entropy.scatter_(1, slots_BN, entropy_BN)
+            for i, found in enumerate(scores[:4]):
+                if found is None:
+                    continue
+                into = gathered[i]
+                if into is None:  # the last column takes what predicts nothing
+                    into = gathered[i] = found.new_zeros(self.plan.batch_size, longest + 1, *found.shape[2:])
+                into.scatter_(1, slots_BN if found.ndim == 2 else slots_BN[..., None].expand_as(found), found)
             self._keep(call, cache)
             self._states.append(cache.states_out)
             ratios += cache.update_ratios
             norms += cache.state_norms
         lengths_B = torch.tensor(self.plan.response_lens, device=self.device)
+        log_probs, entropy, divergence, hidden = (None if t is None else t[:, :longest].clone() for t in gathered)
+        assert log_probs is not None
         return ReplayOutput(
-            log_probs=log_probs[:, :longest].clone(),
-            entropy=entropy[:, :longest].clone() if self.entropy else None,
+            log_probs=log_probs,
+            entropy=entropy,
+            divergence=divergence,
+            hidden=hidden,
             mask=torch.arange(longest, device=self.device) < lengths_B[:, None],
             num_evictions=self.plan.num_evictions(),
             state_norm=float(torch.cat(norms).mean()) if norms else float("nan"),
             update_ratio=float(torch.cat(ratios).mean()) if ratios else float("nan"),
         )
 
-    def backward(self, d_log_probs: Tensor, d_entropy: Tensor | None = None, *, last: bool = True) -> None:
-        """Add the loss's gradients to the parameters', given its gradients [B, T] with respect to log-probs and
-        entropy.
+    def backward(
+        self,
+        d_log_probs: Tensor | None,
+        d_entropy: Tensor | None = None,
+        d_divergence: Tensor | None = None,
+        *,
+        last: bool = True,
+    ) -> None:
+        """Add the loss's gradients to the parameters', given its gradients [B, T] with respect to log-probs, entropy
+        and divergence; None where the loss does not depend on them.
 
         `last` False leaves FSDP2's gradient reduction to a later replay of the same optimizer step. Can be called once.
         """
@@ -151,8 +191,7 @@ class Replay:
                 "no parameter of the model is trainable: load the adapter with PeftModel.from_pretrained(..., "
                 "is_trainable=True), and do not call backward under disable_adapter()"
             )
-        pad = nn.functional.pad
-        d_log_probs, d_entropy = pad(d_log_probs, (0, 1)), None if d_entropy is None else pad(d_entropy, (0, 1))
+        d_scores = [None if d is None else nn.functional.pad(d, (0, 1)) for d in (d_log_probs, d_entropy, d_divergence)]
         pinned_max = max(self.schedule.pinned(p) for p in self.plan.prompt_lens)
         reach = max(self.plan.run_lens) if self.schedule.window is None else self.schedule.window + self.schedule.chunk
         rings = [GradientRing(pinned_max + reach + 1, store) for store in self.stores]  # one slot more for padding
@@ -171,12 +210,13 @@ class Replay:
             states_in = [None if s is None else s.detach().requires_grad_() for s in self._states.pop()]
             cache = self._cache(call, states_in, grad=True)
             with torch.enable_grad():
-                log_probs_BN, entropy_BN, anchor = self._run(call, cache)
+                scores = self._run(call, cache)
                 slots_BN = call.response_BN[:, call.columns]
-                loss = (log_probs_BN * d_log_probs.gather(1, slots_BN)).sum() + anchor
-                if d_entropy is not None:
-                    assert entropy_BN is not None, "Replay(entropy=True) is needed for an entropy gradient"
-                    loss = loss + (entropy_BN * d_entropy.gather(1, slots_BN)).sum()
+                loss = scores.anchor
+                for found_BN, d_found in zip(scores[:3], d_scores, strict=True):
+                    if d_found is not None:
+                        assert found_BN is not None, "a gradient of what this replay was not asked for"
+                        loss = loss + (found_BN * d_found.gather(1, slots_BN)).sum()
             roots: list[Tensor] = [loss]
             gradients: list[Tensor | None] = [None]
             for layer, ring in zip(cache.layers, rings, strict=True):
@@ -212,29 +252,57 @@ class Replay:
                     layer.evicted = tuple(t.requires_grad_() for t in layer.evicted)
         return cache
 
-    def _run(self, call: Call, cache: CallCache) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(log-probs, entropy) of the call's predicting columns, and a zero that keeps the whole graph in backward."""
+    def _run(self, call: Call, cache: CallCache) -> Scores:
+        """The model on one call."""
         dtype = next(self.model.parameters()).dtype
         mask = attention_mask(call.mask(), self.model.config._attn_implementation, dtype)
         columns: Any = torch.tensor(call.columns, device=self.device) if call.columns else 1
-        logits = self.model(
-            input_ids=call.tokens_BN,
-            attention_mask=mask,
-            position_ids=call.positions_BN,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=columns,
-        ).logits
-        if not call.columns:
+        hidden: list[Tensor] = []
+        head = self.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+        try:
+            logits = self.model(
+                input_ids=call.tokens_BN,
+                attention_mask=mask,
+                position_ids=call.positions_BN,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=columns,
+            ).logits
+        finally:
+            handle.remove()
+        if not call.columns:  # the output layer ran all the same: under FSDP2 ranks call alike
             empty = logits.new_zeros(self.plan.batch_size, 0, dtype=torch.float32)
-            return empty, empty if self.entropy else None, 0.0 * logits.sum()
+            return Scores(
+                empty,
+                empty if self.entropy else None,
+                empty if self.teacher is not None else None,
+                hidden[0][:, :0] if self.keep_hidden else None,
+                0.0 * logits.sum(),
+            )
         logits_BNV = logits.float() / self.temperature_B[:, None, None]
         logsumexp_BN = logits_BNV.logsumexp(-1)
         picked_BN = logits_BNV.gather(-1, call.targets_BN[:, call.columns, None])[..., 0]
-        entropy_BN = None
+        entropy_BN = divergence_BN = None
         if self.entropy:
             entropy_BN = logsumexp_BN - ((logits_BNV - logsumexp_BN[..., None]).exp() * logits_BNV).sum(-1)
-        return picked_BN - logsumexp_BN, entropy_BN, logits.new_zeros((), dtype=torch.float32)
+        if self.teacher is not None:
+            divergence_BN = self._divergence(call, head, logits_BNV - logsumexp_BN[..., None])
+        anchor = logits.new_zeros((), dtype=torch.float32)
+        kept_BNM = hidden[0] if self.keep_hidden else None
+        return Scores(picked_BN - logsumexp_BN, entropy_BN, divergence_BN, kept_BNM, anchor)
+
+    def _divergence(self, call: Call, head: nn.Module, log_probs_BNV: Tensor) -> Tensor:
+        """KL(teacher || model) at the predicting columns: [B, N]."""
+        assert self.teacher is not None
+        slots_BN = call.response_BN[:, call.columns]
+        with torch.no_grad():
+            # Slots of what predicts nothing lie one past the end; their gradient is zero, any hidden state will do.
+            last = self.teacher.shape[1] - 1
+            index_BNM = slots_BN.clamp(max=last)[..., None].expand(-1, -1, self.teacher.shape[2])
+            hidden_BNM = self.teacher.to(self.device).gather(1, index_BNM)
+            teacher_BNV = (head(hidden_BNM).float() / self.temperature_B[:, None, None]).log_softmax(-1)
+        return (teacher_BNV.exp() * (teacher_BNV - log_probs_BNV)).sum(-1)
 
     def _keep(self, call: Call, cache: CallCache) -> None:
         if not self.stores:
