@@ -68,6 +68,19 @@ def make_model(path: Path, **config) -> Path:
     return path
 
 
+def make_adapter(folder: Path, path: Path, **pte) -> Path:
+    """Save to `path` an adapter of the folder's model that does something, of settings PTE and `pte`."""
+    from tiny import randomize_adapter
+    from transformers import AutoModelForCausalLM
+
+    from verl_pte import PTEConfig, attach
+
+    model = attach(AutoModelForCausalLM.from_pretrained(folder / "model"), PTEConfig(**PTE | pte))
+    randomize_adapter(model, std=0.2)
+    model.save_pretrained(path)
+    return path
+
+
 def make_data(folder: Path) -> None:
     """Write train.parquet, val.parquet and reward.py."""
     rows = [

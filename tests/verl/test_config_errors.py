@@ -7,7 +7,7 @@ import verl.utils.config
 import yaml
 from hydra import compose, initialize_config_dir
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
-from verl_run import RECIPES, make_model, overrides
+from verl_run import PTE, RECIPES, make_adapter, make_model, overrides
 
 from verl_pte import PTEConfig
 
@@ -161,3 +161,52 @@ def test_a_run_without_pte_is_left_to_verl(folder):
         f"{ROLLOUT}.name=vllm",
         "data.max_response_length=4096",
     )
+
+
+def test_an_adapter_to_start_from(folder, tmp_path):
+    """Its settings may differ in what belongs to a run; a model.pte of `all-linear` means the modules it names."""
+    path = make_adapter(folder, tmp_path / "adapter", window=32, block_size=16, evict_fraction=0.5, chunk_tokens=8)
+    validate(folder, f"{MODEL}.lora_adapter_path={path}")
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ({"rank": 8}, r"was trained with rank=8, the model has rank=4: they must agree"),
+        ({"alpha": 4.0}, r"alpha=4\.0, the model has alpha=8\.0"),
+        ({"num_global_tokens": 2}, r"num_global_tokens=2, the model has num_global_tokens=4"),
+        ({"target_modules": ["q_proj"]}, r"target_modules=\['q_proj'\], the model has target_modules=\['down_proj', "),
+        ({"normalize": "frobenius"}, r"normalize='frobenius', the model has normalize='row'"),
+        ({"attention": "softmax"}, r"attention='softmax'"),
+        ({"update_strength": None}, r"update_strength=None, the model has update_strength=0\.3"),
+        ({"update_state": False}, r"update_state=False"),
+        ({"freeze_state": True}, r"freeze_state=True"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_adapter_of_other_settings(folder, tmp_path, saved, message):
+    path = make_adapter(folder, tmp_path / "adapter", **saved)
+    with pytest.raises(ValueError, match=r"lora_adapter_path, under model\.pte: adapter=.*" + message):
+        validate(folder, f"{MODEL}.lora_adapter_path={path}")
+
+
+def test_adapters_that_are_not_there_or_not_of_this_model(folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    def refused(path, message):
+        with pytest.raises(ValueError, match=r"model\.lora_adapter_path.*" + message):
+            validate(folder, f"{MODEL}.lora_adapter_path={path}")
+
+    refused(tmp_path / "nowhere", "nowhere: no such directory")
+    refused(folder, "has no adapter_config.json")
+    base = AutoModelForCausalLM.from_pretrained(folder / "model")
+    get_peft_model(base, LoraConfig(r=PTE["rank"], target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    refused(tmp_path / "lora", "holds a LORA adapter, not a PTE one")
+    make_model(tmp_path / "wide" / "model", hidden_size=64)
+    refused(
+        make_adapter(tmp_path / "wide", tmp_path / "adapter"),
+        r"was trained on another base model: its '.*lora_B.weight' is \(64, 4\), this model's \(32, 4\)",
+    )
+    make_model(tmp_path / "deep" / "model", num_hidden_layers=3)
+    refused(make_adapter(tmp_path / "deep", tmp_path / "adapter3"), r"its '.*layers\.2\..*, this model's missing")

@@ -12,7 +12,7 @@ import verl.utils.config
 from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
-from verl_run import RECIPES, command, make_data, make_model, metrics, overrides, train
+from verl_run import RECIPES, command, make_adapter, make_data, make_model, metrics, overrides, train
 
 RECIPE = "pte_tiny_cpu_vllm"
 ROLLOUT = "actor_rollout_ref.rollout"
@@ -66,6 +66,16 @@ def test_resumes(whole, vllm_folder):
         for run, step in (("whole", 2), ("resumed", 4))
     )
     assert max(float((four[name] - two[name]).abs().max()) for name in four) > 1e-4
+
+
+def test_starts_from_a_saved_adapter(vllm_folder):
+    path = make_adapter(vllm_folder, vllm_folder / "warm", window=WINDOW, block_size=16)
+    more = ("trainer.total_training_steps=1", "actor_rollout_ref.actor.optim.lr=0")
+    start = f"actor_rollout_ref.model.lora_adapter_path={path}"
+    arguments = (*RUN, *more, start, "actor_rollout_ref.actor.use_kl_loss=true")
+    (step,) = steps_of(train(vllm_folder, "started", *arguments, recipe=RECIPE))
+    assert step["pte/mismatch_max"] <= 1e-4
+    assert step["actor/kl_loss"] > 1e-2, "the adapter does something, and the reference is still the base"
 
 
 def vllm_processes(parent: int) -> list[psutil.Process]:

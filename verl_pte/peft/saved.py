@@ -1,20 +1,28 @@
 """Models on disk: what a base model's and an adapter's folders hold, read before anything heavy is loaded.
 
-For programs that are given paths (the command line, the vLLM engine). Wrong paths and foreign adapters end here, with
-what would be right. Left out: saving, which is PEFT's ``save_pretrained``.
+For programs that are given paths (the command line, the vLLM engine, a training run that starts from an adapter).
+Wrong paths and foreign adapters end here, with what would be right. Left out: saving, which is PEFT's
+``save_pretrained``.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from verl_pte.config import PTEConfig
-from verl_pte.peft.model import attach, check_architecture
+from verl_pte.peft.model import attach, check_architecture, pte_config
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+WEIGHTS = "adapter_model.safetensors"
+ADAPTER_FILES = ("adapter_config.json", WEIGHTS)
+# Settings of a run rather than of what was learned: an adapter may be used, and trained on, under others of these.
+RUN_SETTINGS = ("window", "evict_fraction", "block_size", "gradient", "kv_store", "chunk_tokens", "reference_cache")
 
 
 def saved_config(adapter: str) -> PTEConfig:
@@ -54,7 +62,49 @@ def base_config(model: str) -> Any:
     return config
 
 
+def load_tokenizer(model: str) -> Any:
+    """A base model's tokenizer. Raises ValueError if there is none."""
+    logging.disable_progress_bar()
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(f"model={model}: has no tokenizer ({str(error).splitlines()[0]})") from error
+
+
 def load(model: str, adapter: str | None, pte: PTEConfig, dtype: torch.dtype | str = "auto") -> PeftModel:
     """The base model with the saved adapter under settings `pte`; without an adapter, with an untrained one."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     return attach(base, pte) if adapter is None else PeftModel.from_pretrained(base, adapter, config=pte)
+
+
+def check_fits(adapter: str, model: PeftModel) -> None:
+    """Raise ValueError unless the saved adapter can stand in for that of the attached `model`, on any device.
+
+    Settings that shape the adapter's tensors or what is computed with them must be the model's; RUN_SETTINGS may
+    differ. So must the tensors' names and shapes, which another base model's are not.
+    """
+    saved, own = saved_config(adapter), pte_config(model)
+    with safe_open(Path(adapter) / WEIGHTS, framework="pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    # PEFT writes `all-linear` out as every module's full name: what was adapted can be compared, how it was said not.
+    settings = {"target_modules": (_kinds(found), _kinds(wanted))}
+    for key, _, _ in PTEConfig.knobs():
+        there, here = settings.get(key, (getattr(saved, key), getattr(own, key)))
+        if key not in RUN_SETTINGS and there != here:
+            raise ValueError(
+                f"adapter={adapter}: was trained with {key}={there!r}, the model has {key}={here!r}: they must agree"
+            )
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ValueError(
+                f"adapter={adapter}: was trained on another base model: its {name!r} is {found.get(name, 'missing')}, "
+                f"this model's {wanted.get(name, 'missing')}"
+            )
+
+
+def _kinds(names: Iterable[str]) -> list[str]:
+    """Names of the linears that adapter tensors belong to, without their layers: ``down_proj``, ..."""
+    modules = {name.partition(".pte_adapter.")[0] for name in names if ".pte_adapter." in name}
+    return sorted({module.rpartition(".")[2] for module in modules})

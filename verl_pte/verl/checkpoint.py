@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 
+from verl_pte.peft.saved import WEIGHTS
 from verl_pte.verl.adapter_tensors import full_adapter_tensors, load_adapter_tensors
 
 ADAPTER_FOLDER = "pte_adapter"
@@ -55,18 +56,24 @@ class AdapterCheckpointManager(FSDPCheckpointManager):
         """Load the adapter into the shards, then what verl wrote."""
         if local_path is None:
             return
-        saved = load_file(os.path.join(local_path, ADAPTER_FOLDER, "adapter_model.safetensors"))
-        model = _peft_model(self.model)
-        # PEFT drops the adapter's name from the keys it saves; let it say what it makes of ours.
-        names = {name: torch.tensor(index) for index, (name, _) in enumerate(full_adapter_tensors(self.model))}
-        order = list(names)
-        keys = get_peft_model_state_dict(model, state_dict=names, save_embedding_layers=False)
-        tensors: dict[str, Any] = dict(saved)
-        for key, index in keys.items():
-            if key in tensors:
-                tensors[order[int(index)]] = tensors.pop(key)
-        load_adapter_tensors(self.model, tensors)
+        load_adapter(self.model, os.path.join(local_path, ADAPTER_FOLDER))
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
+
+
+def load_adapter(model: torch.nn.Module, folder: str) -> None:
+    """Copy the tensors of a saved adapter into the model's own, whatever its sharding. A collective.
+
+    Raises ValueError if they are not exactly its own.
+    """
+    # PEFT drops the adapter's name from the keys it saves; let it say what it makes of ours.
+    names = {name: torch.tensor(index) for index, (name, _) in enumerate(full_adapter_tensors(model))}
+    order = list(names)
+    keys = get_peft_model_state_dict(_peft_model(model), state_dict=names, save_embedding_layers=False)
+    tensors: dict[str, Any] = dict(load_file(os.path.join(folder, WEIGHTS)))
+    for key, index in keys.items():
+        if key in tensors:
+            tensors[order[int(index)]] = tensors.pop(key)
+    load_adapter_tensors(model, tensors)
 
 
 def _peft_model(model: torch.nn.Module) -> PeftModel:

@@ -193,6 +193,7 @@ def _check_model_files(config: Any, pte: Any) -> None:
     from verl.utils.model import update_model_config
 
     from verl_pte.peft import attach
+    from verl_pte.peft.saved import check_fits
 
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     override = plain(model.get("override_config", None) or {})
@@ -212,4 +213,10 @@ def _check_model_files(config: Any, pte: Any) -> None:
             "positions; shorten them to fit"
         )
     with torch.device("meta"):  # attach knows which architectures and modules it takes; no weights are needed to ask it
-        attach(AutoModelForCausalLM.from_config(hf_config), pte)
+        attached = attach(AutoModelForCausalLM.from_config(hf_config), pte)
+    start = model.get("lora_adapter_path", None)
+    if start is not None:
+        try:
+            check_fits(copy_to_local(start, use_shm=model.get("use_shm", False)), attached)
+        except ValueError as error:
+            raise ValueError(f"actor_rollout_ref.model.lora_adapter_path, under model.pte: {error}") from None

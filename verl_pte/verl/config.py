@@ -126,7 +126,6 @@ def check_model_settings(model: Any, pte: Any) -> None:
     require("use_liger", False, "its fused MLP bypasses the adapted linears")
     why = "PTE is the adapter; its settings are in model.pte (freeze_state: true makes it plain LoRA)"
     require("lora_rank", 0, why)
-    require("lora_adapter_path", None, why)
     require("lora_alpha", defaults["lora_alpha"], "verl's default, it would be ignored; set model.pte.alpha")
     named = f"adapted modules are named in {_TARGETS}"
     for key, right in (("target_modules", "all-linear"), ("exclude_modules", None), ("target_parameters", None)):

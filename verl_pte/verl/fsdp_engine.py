@@ -1,9 +1,9 @@
 """PTEEngine: verl's FSDP engine with the segment-streamed replay in place of one forward and backward.
 
-It attaches a PTE adapter to the base, trains only that, and owns the micro-batch loop: replay without gradients,
-verl's own loss on the resulting log-probs and entropy as leaves, then the replay backwards with the leaves' gradients
-(learner/replay.py). Any loss that sees log-probs and entropy works. Everything else, sharding, offloading, optimizer,
-schedules, is verl's.
+It attaches a PTE adapter to the base, a new one or a saved one (``model.lora_adapter_path``), trains only that, and
+owns the micro-batch loop: replay without gradients, verl's own loss on the resulting log-probs and entropy as leaves,
+then the replay backwards with the leaves' gradients (learner/replay.py). Any loss that sees log-probs and entropy
+works. Everything else, sharding, offloading, optimizer, schedules, is verl's.
 
 Runs under FSDP2, and on GPUs under FSDP1, whose wrapping rule needs every trainable tensor to be the ``weight`` of a
 leaf module that is called. What was run: this engine under FSDP2 with two CPU ranks over gloo; under FSDP1 the replay
@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
+from verl.utils.fs import copy_to_local
 from verl.utils.fsdp_utils import load_fsdp_model_to_gpu
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.engine.utils import postprocess_batch_func, prepare_micro_batches
@@ -28,7 +29,7 @@ from verl.workers.engine.utils import postprocess_batch_func, prepare_micro_batc
 from verl_pte.learner import Replay
 from verl_pte.peft import attach
 from verl_pte.verl.adapter_tensors import full_adapter_tensors, full_base_tensors
-from verl_pte.verl.checkpoint import AdapterCheckpointManager
+from verl_pte.verl.checkpoint import AdapterCheckpointManager, load_adapter
 from verl_pte.verl.config import MODEL_TYPE
 from verl_pte.verl.metrics import RolloutFacts, mean_over_sequences
 from verl_pte.verl.micro_batch import MicroBatch
@@ -76,6 +77,9 @@ class PTEEngine(FSDPEngineWithLMHead):
         base_dtype = next(p.dtype for p in module.parameters() if not p.requires_grad)
         for parameter in module.parameters():
             parameter.data = parameter.data.to(base_dtype)  # FSDP wants one dtype in a group
+        start = self.model_config.lora_adapter_path
+        if start is not None:  # checked by the driver (checks.py); a checkpoint that is resumed is loaded over it
+            load_adapter(module, copy_to_local(start, use_shm=self.model_config.use_shm))
         return module
 
     def _build_fsdp_module(self, module: torch.nn.Module) -> torch.nn.Module:
