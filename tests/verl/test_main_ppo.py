@@ -3,15 +3,18 @@ replicas.
 """
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from verl_run import PTE, train
+from typer.testing import CliRunner
+from verl_run import PTE, make_adapter, train
 
 import verl_pte.peft  # noqa: F401  registers the method with PEFT
+from verl_pte.cli import app
 
 RUN = (
     "trainer.save_freq=2",
@@ -97,3 +100,44 @@ def test_two_replicas(folder):
         assert m["actor/grad_norm"] > 0
     saved = load_file(adapter(folder, "replicas", 2) / "adapter_model.safetensors")
     assert any(t.abs().max() > 0 for name, t in saved.items() if "lora_B" in name)
+
+
+def norm_of(adapter_folder) -> float:
+    tensors = load_file(adapter_folder / "adapter_model.safetensors").values()
+    return float(torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt())
+
+
+def warm_start(folder, window: int) -> Path:
+    """The adapter of a short ``verl-pte warm-start`` on the training prompts."""
+    named = {"model": folder / "model", "prompts": folder / "train.parquet", "output": folder / "warm"}
+    named |= {"steps": 4, "batch-size": 4, "lr": 3e-2, "warmup-steps": 0, "device": "cpu"}
+    named |= {"max-prompt-length": 64, "max-response-length": 48}
+    knobs = [f"--pte={key}={value}" for key, value in (PTE | {"window": window}).items()]
+    result = CliRunner().invoke(app, ["warm-start", *(f"--{key}={value}" for key, value in named.items()), *knobs])
+    assert result.exit_code == 0, result.output
+    return folder / "warm" / "adapter"
+
+
+def test_starts_from_the_adapter_of_a_warm_start(folder):
+    """Two ranks: the second holds no weights when the adapter is loaded, and has to be sent its share."""
+    path = warm_start(folder, window=24)
+    more = ("trainer.n_gpus_per_node=2", "trainer.total_training_steps=1", "actor_rollout_ref.actor.optim.lr=0")
+    start = f"actor_rollout_ref.model.lora_adapter_path={path}"
+    (metrics,) = train(folder, "started", *more, start, "actor_rollout_ref.actor.use_kl_loss=true")
+    assert metrics["pte/adapter_norm"] == pytest.approx(norm_of(path), rel=1e-5)
+    assert metrics["pte/mismatch_max"] <= 1e-5, "the first rollouts are the adapter's, not the untrained one's"
+    assert metrics["actor/kl_loss"] > 1e-4, "the adapter does something, and the reference is still the base"
+    assert metrics["pte/cache_limit"] < 64 + 24, "the run's window, not the adapter's"
+
+
+def test_a_checkpoint_wins_over_the_adapter_to_start_from(whole, folder):
+    path = make_adapter(folder, folder / "unused")
+    (folder / "continued").mkdir()
+    shutil.copytree(folder / "whole" / "global_step_2", folder / "continued" / "global_step_2")
+    (folder / "continued" / "latest_checkpointed_iteration.txt").write_text("2")
+    start = f"actor_rollout_ref.model.lora_adapter_path={path}"
+    more = ("trainer.total_training_steps=3", "trainer.save_freq=-1", "trainer.test_freq=-1")
+    (step,) = [m for m in train(folder, "continued", *RUN, *more, start) if "training/global_step" in m]
+    assert step["critic/score/mean"] == pytest.approx(whole[2]["critic/score/mean"], abs=1e-9)
+    assert step["pte/adapter_norm"] == pytest.approx(whole[2]["pte/adapter_norm"], rel=1e-3)
+    assert abs(norm_of(path) - step["pte/adapter_norm"]) > 1

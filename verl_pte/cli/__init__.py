@@ -1,4 +1,4 @@
-"""The command line, ``verl-pte``: serve a PTE model over HTTP, or talk to it in the terminal.
+"""The command line, ``verl-pte``: serve a PTE model over HTTP, talk to it in the terminal, distil a first adapter.
 
 Importing it loads typer and rich, nothing of torch, vLLM or verl: each command imports what it runs.
 """

@@ -13,6 +13,7 @@ from typing import Any
 from verl_pte.cli.detokenizer import Detokenizer
 from verl_pte.engine.sampling import SamplingParams
 from verl_pte.engine.stream import Piece, Streamer
+from verl_pte.peft.saved import load_tokenizer
 
 
 @dataclass
@@ -99,16 +100,9 @@ class Chat:
                 self.messages = [*messages, {"role": "assistant", "content": said}]
 
 
-def load_tokenizer(model: str) -> Any:
+def chat_tokenizer(model: str) -> Any:
     """The base model's tokenizer. Raises ValueError if there is none, or none for chats."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except OSError as error:
-        raise ValueError(f"model={model}: has no tokenizer ({str(error).splitlines()[0]})") from error
+    tokenizer = load_tokenizer(model)
     if tokenizer.chat_template is None:
         raise ValueError(f"model={model}: its tokenizer has no chat template; use an instruct model")
     return tokenizer

@@ -1,25 +1,26 @@
-"""What the two commands are told, and how they end: 0, 2 for what the user can correct, 1 for a wrong installation.
+"""The command line's `serve` and `generate`: what they are told, and what they start.
 
-Left out: the server (verl_pte/vllm/serve.py) and the chat (chat.py, terminal.py, display.py).
+Left out: the server (verl_pte/vllm/serve.py), the chat (chat.py, terminal.py, display.py) and warm_start.py.
 """
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
-from rich.text import Text
+
+from verl_pte.cli.errors import INTERRUPTED, fail, user_errors
+from verl_pte.cli.warm_start import warm_start
 
 if TYPE_CHECKING:
     from verl_pte.config import PTEConfig
     from verl_pte.engine.stream import Streamer
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
-_INTERRUPTED = 130  # what shells give a command that Ctrl-C ended
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,6 +29,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help="Models trained with Progressive Thought Encoding, under a bounded KV cache.",
 )
+
+
+app.command("warm-start")(warm_start)
 
 
 class Engine(StrEnum):
@@ -98,7 +102,7 @@ def serve(
         "served-model-name": served_model_name,
         "dtype": dtype,
     }
-    with _user_errors():
+    with user_errors():
         args = _vllm_arguments(_Source(model, adapter, window), max_prompt_length, named, options)
         from verl_pte.vllm.serve import serve as run
 
@@ -139,8 +143,8 @@ def generate(
     """
     source = _Source(model, adapter, window)
     interactive = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
-    with _user_errors():
-        from verl_pte.cli.chat import Chat, load_tokenizer
+    with user_errors():
+        from verl_pte.cli.chat import Chat, chat_tokenizer
         from verl_pte.cli.terminal import answer_once, converse
         from verl_pte.engine import SamplingParams
 
@@ -148,7 +152,7 @@ def generate(
         if engine is Engine.native and options:
             raise ValueError(f"{options[0]}: vLLM's options need --engine vllm")
         source.settings()  # what is wrong with it comes first
-        tokenizer = load_tokenizer(model)
+        tokenizer = chat_tokenizer(model)
         waiting = Console(stderr=True).status(f"loading {model}") if interactive else nullcontext()
         with waiting:
             if engine is Engine.vllm:
@@ -159,7 +163,7 @@ def generate(
         if interactive:
             converse(chat)
         elif not answer_once(chat, sys.stdin.read() if prompt is None else prompt):
-            raise typer.Exit(_INTERRUPTED)
+            raise typer.Exit(INTERRUPTED)
 
 
 class _Source(NamedTuple):
@@ -197,7 +201,7 @@ def _vllm_arguments(
     try:
         require_version()
     except RuntimeError as error:
-        _fail(error, 1)
+        fail(error, 1)
     pte = source.settings()
     ours = engine_args(source.model, pte=pte, adapter=source.adapter, max_prompt_length=max_prompt_length)
     from verl_pte.vllm.options import parse
@@ -226,17 +230,3 @@ def _native_streamer(source: _Source, tokenizer: Any, dtype: str, max_prompt_len
         raise ValueError(f"dtype={dtype}: must be one of {', '.join(_DTYPES)}")
     model = load(source.model, source.adapter, source.settings(), dtype)
     return NativeStreamer(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, max_prompt_length)
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Turn what the user can correct into a line and an exit status."""
-    try:
-        yield
-    except ValueError as error:
-        _fail(error, 2)
-
-
-def _fail(error: Exception, status: int) -> NoReturn:
-    Console(stderr=True).print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
-    raise typer.Exit(status) from None

@@ -1,0 +1,110 @@
+"""RunFolder: what a warm start keeps on disk, so that killing it at any moment loses no more than the steps since its
+last checkpoint.
+
+    settings.json    what the run is; another run is not mixed into it
+    log.jsonl        one line a step
+    checkpoint.pt    adapter, optimizer state and number of steps done; removed when the run has finished
+    adapter/         the result, as PEFT saves it: it is there if and only if the run has finished
+
+Everything but the log is written under another name and renamed. The log is cut back to the checkpoint's step when a
+run goes on.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from verl_pte.distill.settings import option
+
+_UNFINISHED = ".unfinished"
+
+
+class RunFolder:
+    """The folder of one run. Only one process writes to it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.adapter, self.log = self.path / "adapter", self.path / "log.jsonl"
+        self._settings, self._checkpoint = self.path / "settings.json", self.path / "checkpoint.pt"
+
+    def check(self, settings: dict[str, Any]) -> None:
+        """Raise ValueError if the folder holds another run, or something else."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--output {self.path}: must be a folder, this is a file")
+        if not self._settings.is_file():
+            foreign = [p.name for p in self.path.iterdir() if p.suffix != _UNFINISHED] if self.path.is_dir() else []
+            if foreign:
+                raise ValueError(
+                    f"--output {self.path}: holds {foreign[0]} and no warm start; give a new or an empty folder"
+                )
+            return
+        saved = json.loads(self._settings.read_text())
+        for name in sorted(settings.keys() | saved.keys()):
+            if settings.get(name) != saved.get(name):
+                raise ValueError(
+                    f"{option(name)} {settings.get(name)}: --output {self.path} holds a run with {saved.get(name)}; "
+                    "give that to continue it, or another folder"
+                )
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Make the folder this run's."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        unfinished = _unfinished(self._settings)
+        unfinished.write_text(json.dumps(settings, indent=1) + "\n")
+        os.replace(unfinished, self._settings)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the result is there."""
+        return self.adapter.is_dir()
+
+    def load(self, device: torch.device) -> dict[str, Any] | None:
+        """The last checkpoint, or None."""
+        if not self._checkpoint.is_file():
+            return None
+        return torch.load(self._checkpoint, map_location=device, weights_only=True)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the checkpoint."""
+        unfinished = _unfinished(self._checkpoint)
+        torch.save(state, unfinished)
+        os.replace(unfinished, self._checkpoint)
+
+    def finish(self, model: PeftModel) -> None:
+        """Write the result, and drop the checkpoint."""
+        unfinished = _unfinished(self.adapter)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.save_pretrained(str(unfinished), save_embedding_layers=False)
+        os.rename(unfinished, self.adapter)
+        self._checkpoint.unlink(missing_ok=True)
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Lines of the log that are whole."""
+        if self.log.is_file():
+            for line in self.log.read_text().splitlines():
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError:
+                    return  # the process was killed while it wrote
+
+    def cut_log(self, steps: int) -> None:
+        """Drop what was logged after so many steps."""
+        kept = [record for record in self.records() if record["step"] <= steps]
+        unfinished = _unfinished(self.log)
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(unfinished, self.log)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append a line to the log."""
+        with self.log.open("a") as log:
+            log.write(json.dumps(record) + "\n")
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(path.name + _UNFINISHED)
