@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from verl_pte.bench import machine, report, rollout
+from verl_pte.bench.learning.command import learning_command
 from verl_pte.bench.settings import DEVICES, DTYPES, ENGINES, QUICK, Settings
 from verl_pte.vllm.version import require_version
 
@@ -114,6 +115,8 @@ def _run(settings: Settings, output: Path) -> None:
     console.print(report.tables(settings, rows, memory))
     console.print(f"numbers: {json_file}   plot: {plot}", soft_wrap=True)
 
+
+app.command("learning")(learning_command)
 
 if __name__ == "__main__":
     app()

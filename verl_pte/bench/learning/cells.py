@@ -1,0 +1,183 @@
+"""One experiment of the report: a cell, and how it is run.
+
+A cell trains one method on one task with one seed and measures greedy answers under the method's own window before,
+meanwhile and after. What it found is a JSON file named after it, so a report that was interrupted goes on with the
+cells that are missing. Bases, and the distilled adapters that reinforcement learning starts from, are kept beside it
+and made anew where they are missing.
+
+Left out: which cells a report has (plan.py) and what is read off them (report.py).
+"""
+
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from verl_pte.bench import machine
+from verl_pte.bench.learning import training
+from verl_pte.bench.learning.base import BaseSettings, trained_base
+from verl_pte.bench.learning.evaluate import accuracy, test_examples
+from verl_pte.bench.learning.methods import pte_settings
+from verl_pte.bench.learning.tasks import Task
+from verl_pte.peft import attach, pte_config
+
+WAYS = ("supervised", "distilled", "grpo")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One experiment.
+
+    Attributes:
+        task, method, seed: of tasks.py and methods.py; the seed is of adapter, examples and samples. One base serves
+            all seeds.
+        way: `supervised`, `distilled` or `grpo`.
+        warm: optimizer steps of distillation that come before GRPO; 0 is from scratch.
+        steps, lr, encoder_lr: of the optimizer, see training.Optimization.
+        batch: examples a step, for supervised and distilled.
+        kl, full_reference: see training.GRPO.
+        works: work steps of the examples trained and tested on.
+        far: work steps of further tests after training, far beyond those.
+        knobs: PTE settings that differ from the method's.
+        base: of the base model.
+    """
+
+    task: str
+    method: str
+    way: str
+    seed: int = 0
+    warm: int = 0
+    steps: int = 400
+    lr: float = 3e-3
+    encoder_lr: float = 1.0
+    batch: int = 32
+    kl: float = 0.0
+    full_reference: bool = True
+    works: tuple[int, int] = (10, 20)
+    far: tuple[int, ...] = ()
+    tests: int = 256
+    knobs: dict[str, Any] = field(default_factory=dict)
+    base: BaseSettings = BaseSettings()
+
+    @property
+    def name(self) -> str:
+        """Of its file: whatever differs from the defaults, but for the base."""
+        parts = [self.task, self.way, self.method]
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.name in ("warm", "steps", "lr", "encoder_lr", "batch", "kl", "full_reference", "works", "tests"):
+                default = f.default
+                if value != default:
+                    parts.append(f"{f.name}={'-'.join(map(str, value)) if isinstance(value, tuple) else value}")
+        parts += [f"{key}={value}" for key, value in sorted(self.knobs.items())]
+        return ".".join([*parts, f"seed={self.seed}"])
+
+
+def run(cell: Cell, folder: Path, progress: Any = None) -> dict[str, Any]:
+    """What a cell found, from its file if it is there.
+
+    `progress` is told what is being done and how many optimizer steps were. A cell that fails (gradients that are not
+    finite, a base that did not learn) is a finding too: its file says so.
+    """
+    path = folder / "cells" / f"{cell.name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    tell = progress or (lambda text, done: None)
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    try:
+        found: dict[str, Any] = _train(cell, folder, tell)
+    except RuntimeError as error:
+        found = {"failure": str(error)}
+    found = {
+        "cell": dataclasses.asdict(cell),
+        **found,
+        "seconds": time.perf_counter() - start,
+        "machine": machine.hardware(),
+        "versions": machine.versions(),
+        "commit": machine.commit(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps(found, indent=1) + "\n")
+    scratch.rename(path)
+    return found
+
+
+def _train(cell: Cell, folder: Path, tell: Any) -> dict[str, Any]:
+    task = Task(cell.task)
+    base = trained_base(task, cell.base, folder / "bases", lambda text, done: tell(text, 0))
+    if cell.warm:
+        model = PeftModel.from_pretrained(base, _warm_adapter(cell, folder, tell), is_trainable=True)
+    else:
+        torch.manual_seed(cell.seed)
+        model = attach(base, pte_settings(cell.method, **cell.knobs))
+    examples = test_examples(task, cell.works, cell.tests)
+    full = pte_config(model).schedule().full()
+    with model.disable_adapter():
+        ceiling, floor = accuracy(model, task, examples, full), accuracy(model, task, examples)
+    history = [{"step": 0, **accuracy(model, task, examples)._asdict()}]
+    curve: list[dict[str, float]] = []
+    if cell.method != "base":
+        optimization = training.Optimization(
+            cell.steps,
+            cell.lr,
+            warmup=20 if cell.way != "grpo" else 10,
+            cosine=cell.way != "grpo",
+            encoder_lr=cell.encoder_lr,
+        )
+        every = max(1, cell.steps // 8)
+        for step, measured in training.optimize(model, optimization, _step(cell, model, task)):
+            curve.append(measured)
+            if (step + 1) % every == 0 or step + 1 == cell.steps:
+                history.append({"step": step + 1, **accuracy(model, task, examples)._asdict()})
+            tell(f"{cell.name}: answer {history[-1]['answer']:.2f}", 1)
+    if cell.way == "distilled":
+        model.save_pretrained(folder / "adapters" / cell.name)
+    far = []
+    for work in cell.far:
+        at = accuracy(model, task, test_examples(task, (work, work), max(64, cell.tests // 4)))
+        far.append({"work": work, "thought_length": task.thought_length(work), **at._asdict()})
+    return {
+        "full_base": ceiling._asdict(),
+        "window_base": floor._asdict(),
+        "history": history,
+        "far": far,
+        "curve": curve,
+    }
+
+
+def _step(cell: Cell, model: nn.Module, task: Task) -> training.Step:
+    if cell.way == "supervised":
+        return training.supervised(model, task, cell.works, cell.batch, cell.seed)
+    if cell.way == "distilled":
+        return training.distilled(model, task, cell.works, cell.batch, cell.seed)
+    settings = training.GRPO(kl=cell.kl, full_reference=cell.full_reference)
+    return training.grpo(model, task, cell.works, settings, cell.seed)
+
+
+def warm_cell(cell: Cell) -> Cell:
+    """The distillation a GRPO cell starts from."""
+    kept = {key: getattr(cell, key) for key in ("task", "method", "seed", "works", "tests", "knobs", "base")}
+    return Cell(**kept, way="distilled", steps=cell.warm)
+
+
+def _warm_adapter(cell: Cell, folder: Path, tell: Any) -> Path:
+    """Folder of the distilled adapter a GRPO cell starts from, trained first if it is not there."""
+    warm = warm_cell(cell)
+    path = folder / "adapters" / warm.name
+    if not (path / "adapter_model.safetensors").exists():
+        if (folder / "cells" / f"{warm.name}.json").exists():  # of an earlier run whose adapters are gone
+            _train(warm, folder, tell)
+        else:
+            run(warm, folder, tell)
+    if not (path / "adapter_model.safetensors").exists():
+        raise RuntimeError(f"its warm start failed: {warm.name}")
+    return path

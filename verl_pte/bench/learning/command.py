@@ -1,0 +1,84 @@
+"""``python -m verl_pte.bench learning``: the quick comparison, and the full report."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from verl_pte.bench import machine
+from verl_pte.bench.learning import plan, plots, report
+from verl_pte.bench.learning.cells import Cell
+from verl_pte.bench.learning.pool import run_all
+
+WINDOW = 16  # of all cells but a sweep's
+
+
+def learning_command(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One task, one seed: PTE, LoRA_c and Global-Only, supervised.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(help="Of the full report.")] = 3,
+    only: Annotated[str, typer.Option(help="Of the full report: cells whose name contains this.")] = "",
+    jobs: Annotated[int, typer.Option(help="Processes, of one thread each.")] = 2,
+    minutes: Annotated[float | None, typer.Option(help="Begin no cell after this long. Default: no limit.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/bench/learning"),
+) -> None:
+    """Answer accuracy under a window, by method: small models, generated tasks, this package's engine and learner.
+
+    Cells that OUTPUT already holds are not run again, so an interrupted report goes on where it was. Writes
+    learning.json, learning.md and plots. With --quick the last line printed is one JSON object.
+    """
+    if seeds < 1 or jobs < 1:
+        typer.echo(f"error: --seeds {seeds}, --jobs {jobs}: must be at least 1", err=True)
+        raise typer.Exit(2)
+    cells = plan.quick() if quick else [c for c in plan.full(seeds) if only in c.name]
+    if not cells:
+        typer.echo(f"error: --only {only}: no cell has this in its name", err=True)
+        raise typer.Exit(2)
+    folder = output / "quick" if quick else output
+    folder.mkdir(parents=True, exist_ok=True)
+    console, start = Console(stderr=quick), time.perf_counter()
+    try:
+        found = run_all(cells, folder, jobs, console, minutes)
+    except RuntimeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from None
+    write(found, cells, folder, console)
+    if quick:
+        print(json.dumps(_verdict(found) | {"seconds": round(time.perf_counter() - start)}))
+
+
+def write(found: list[dict[str, Any]], cells: list[Cell], folder: Path, console: Console) -> None:
+    """The report of what was found."""
+    rows = report.summarize(found)
+    content = {
+        "machine": machine.hardware(),
+        "versions": machine.versions(),
+        "commits": sorted({str(cell["commit"]) for cell in found}),
+        "cells": {"planned": len(cells), "done": len(found)},
+        "base": found[0]["cell"]["base"] if found else None,
+        "rows": rows,
+    }
+    (folder / "learning.json").write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "learning.md").write_text(report.markdown(rows))
+    plots.draw(rows, WINDOW, folder)
+    console.print(report.table(rows))
+    missing = len(cells) - len(found)
+    console.print(f"report: {folder}" + (f"; {missing} cells are missing, run it again" if missing else ""))
+
+
+def _verdict(found: list[dict[str, Any]]) -> dict[str, Any]:
+    failures = {c["cell"]["method"]: c["failure"] for c in found if "failure" in c}
+    if failures:
+        return {"failures": failures}
+    answers = {cell["cell"]["method"]: round(cell["history"][-1]["answer"], 4) for cell in found}
+    differences = {f"pte_minus_{m}": round(answers["pte"] - answers[m], 4) for m in answers if m != "pte"}
+    return {
+        "task": found[0]["cell"]["task"],
+        "full_cache_base": found[0]["full_base"]["answer"],
+        "answer": answers,
+        **differences,
+    }

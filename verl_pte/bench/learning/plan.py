@@ -1,0 +1,64 @@
+"""Which cells a report has: the quick one, and the full one in the order in which its parts say most.
+
+Left out: how a cell is run (cells.py).
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from verl_pte.bench.learning.base import BaseSettings
+from verl_pte.bench.learning.cells import Cell
+from verl_pte.bench.learning.methods import METHODS, QUICK_METHODS
+from verl_pte.bench.learning.tasks import KINDS
+
+FULL_BASE = BaseSettings(longest=128, steps=6000)
+FAR = (30, 50, 70, 90, 110, 128)  # work steps; a window of 16 tokens is eight of them
+TRAINED = tuple(m for m in METHODS if m != "base")
+WARMED = ("pte", "lora_c", "global_only", "global_0")
+GRPO_LR = 3e-4
+WINDOWS = (8, 16, 32)
+FRACTIONS = (0.0625, 0.125, 0.25, 0.5)
+RANKS = (4, 8, 16, 32)
+STRENGTHS = (0.1, 0.3, 1.0)
+
+
+def quick() -> list[Cell]:
+    """One task, one seed, three methods."""
+    return [Cell("lookup", method, "supervised", steps=200, tests=128) for method in QUICK_METHODS]
+
+
+def full(seeds: int) -> list[Cell]:
+    """Everything. Cells of one part stand together, seed by seed, so that a part can be read before all is done."""
+    return list({cell.name: cell for cell in _full(seeds)}.values())  # sweeps meet the methods' own cells
+
+
+def _full(seeds: int) -> Iterator[Cell]:
+    for seed in range(seeds):
+        for task in KINDS:
+            for method in METHODS:
+                way = Cell(task, method, "supervised", seed, base=FULL_BASE)
+                yield replace(way, far=FAR) if method in ("base", "pte", "lora_c", "lora_full", "global_only") else way
+        for task in KINDS:
+            for method in WARMED:
+                yield Cell(task, method, "distilled", seed, far=FAR if method == "pte" else (), base=FULL_BASE)
+        for task in KINDS:
+            for method in WARMED:
+                yield Cell(task, method, "grpo", seed, warm=400, steps=100, lr=GRPO_LR, base=FULL_BASE)
+        for task in KINDS:
+            for method in TRAINED:
+                yield Cell(task, method, "grpo", seed, steps=100, lr=GRPO_LR, base=FULL_BASE)
+        yield from _sweeps(seed)
+
+
+def _sweeps(seed: int) -> Iterator[Cell]:
+    """On lookup, supervised: one setting at a time."""
+    pte = Cell("lookup", "pte", "supervised", seed, base=FULL_BASE)
+    for method in ("pte", "lora_c"):
+        for window in WINDOWS:
+            yield replace(pte, method=method, knobs={"window": window})
+    for fraction in FRACTIONS:
+        yield replace(pte, knobs={"evict_fraction": fraction, "block_size": 1})
+    for rank in RANKS:
+        yield replace(pte, knobs={"rank": rank, "alpha": 2.0 * rank})
+    for strength in STRENGTHS:
+        yield replace(pte, knobs={"update_strength": strength})

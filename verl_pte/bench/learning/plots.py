@@ -1,0 +1,95 @@
+"""Plots of a report: answers by method, answers over distance, and rewards over GRPO's steps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from verl_pte.bench.learning.methods import METHODS
+from verl_pte.bench.learning.report import way
+from verl_pte.bench.learning.tasks import DIGITS
+
+_COLORS = dict(zip(METHODS, [f"C{i}" for i in range(len(METHODS))], strict=True))
+
+
+def draw(rows: Sequence[dict[str, Any]], window: int, folder: Path) -> list[Path]:
+    """Write the plots there is something to show in."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plain = [row for row in rows if row["seeds"] and not row["knobs"]]
+    written = []
+    for name, panels in (("methods", _methods(plain)), ("distance", _distance(plain)), ("rewards", _rewards(plain))):
+        if not panels:
+            continue
+        figure, axes = plt.subplots(
+            1, len(panels), figsize=(4.6 * len(panels) + 0.6, 3.8), layout="constrained", squeeze=False
+        )
+        for axis, (heading, members) in zip(axes[0], panels.items(), strict=True):
+            _PANELS[name](axis, members, window)
+            axis.set_title(heading, fontsize=10)
+            axis.grid(alpha=0.3)
+        path = folder / f"learning_{name}.png"
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+        written.append(path)
+    return written
+
+
+def _methods(rows: Sequence[dict[str, Any]]) -> dict[str, list]:
+    panels: dict[str, list] = {}
+    for row in rows:
+        panels.setdefault(f"{row['task']}: {way(row)}", []).append(row)
+    return {heading: members for heading, members in panels.items() if len(members) > 1}
+
+
+def _distance(rows: Sequence[dict[str, Any]]) -> dict[str, list]:
+    panels: dict[str, list] = {}
+    for row in rows:
+        if row["far"] and row["way"] == "supervised":
+            panels.setdefault(row["task"], []).append(row)
+    return panels
+
+
+def _rewards(rows: Sequence[dict[str, Any]]) -> dict[str, list]:
+    return {heading: members for heading, members in _methods(rows).items() if "GRPO" in heading}
+
+
+def _bars(axis: Any, rows: list[dict[str, Any]], window: int) -> None:
+    names = [METHODS[row["method"]].title for row in rows]
+    values = [row["answer"]["mean"] for row in rows]
+    axis.barh(names, values, xerr=[row["answer"]["half"] or 0 for row in rows], color="tab:blue", alpha=0.8)
+    axis.axvline(rows[0]["full_base_answer"], color="k", linestyle=":", label="base, full cache")
+    axis.axvline(1 / DIGITS, color="tab:red", linestyle=":", label="chance")
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1.02), xlabel="answer accuracy")
+    axis.legend(fontsize=7)
+
+
+def _over_distance(axis: Any, rows: list[dict[str, Any]], window: int) -> None:
+    for row in rows:
+        axis.plot(
+            [at["thought_length"] for at in row["far"]],
+            [at["answer"]["mean"] for at in row["far"]],
+            marker=".",
+            color=_COLORS[row["method"]],
+            label=METHODS[row["method"]].title,
+        )
+    axis.axhline(1 / DIGITS, color="tab:red", linestyle=":", label="chance")
+    axis.axvline(window, color="k", linewidth=0.8, label="window")
+    axis.set(xlim=(0, None), ylim=(0, 1.02), xlabel="thought tokens", ylabel="answer accuracy")
+    axis.legend(fontsize=7)
+
+
+def _reward_curves(axis: Any, rows: list[dict[str, Any]], window: int) -> None:
+    span = 10
+    for row in rows:
+        rewards = row["rewards"]
+        smooth = [sum(rewards[max(0, i - span + 1) : i + 1]) / min(i + 1, span) for i in range(len(rewards))]
+        axis.plot(smooth, color=_COLORS[row["method"]], label=METHODS[row["method"]].title)
+    axis.set(ylim=(0, 1.02), xlabel="step", ylabel=f"reward, mean of {span} steps")
+    axis.legend(fontsize=7)
+
+
+_PANELS = {"methods": _bars, "distance": _over_distance, "rewards": _reward_curves}

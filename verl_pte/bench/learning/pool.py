@@ -1,0 +1,99 @@
+"""Runs cells in parallel processes, one thread each, and shows how far they are.
+
+Bases come first, since all cells of a task share one. Interrupted, it goes on with what is missing the next time.
+"""
+
+import multiprocessing
+import os
+import queue
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from verl_pte.bench.learning.base import trained_base
+from verl_pte.bench.learning.cells import Cell, run
+from verl_pte.bench.learning.tasks import Task
+
+_messages: Any = None  # in a worker: where it says what it does
+
+
+def run_all(
+    cells: Sequence[Cell], folder: Path, jobs: int, console: Console, minutes: float | None = None
+) -> list[dict[str, Any]]:
+    """What the cells found, in their order, without those that `minutes` left no time for.
+
+    Raises RuntimeError if a base does not learn its task.
+    """
+    done = [cell for cell in cells if (folder / "cells" / f"{cell.name}.json").exists()]
+    context = multiprocessing.get_context("spawn")
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, before they start
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        context.Manager() as manager,
+        Progress(*columns, console=console) as bar,
+        ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(messages := manager.Queue(),)) as pool,
+    ):
+        overall = bar.add_task("cells", total=len(cells), completed=len(done))
+        lines: dict[int, Any] = {}
+
+        def show(block: float) -> None:
+            try:
+                while True:
+                    process, text, steps = messages.get(timeout=block)
+                    if process not in lines:
+                        lines[process] = bar.add_task("", total=None)
+                    bar.update(lines[process], description=text[-100:], advance=steps)
+                    block = 0.01
+            except queue.Empty:
+                pass
+
+        def drain(work: list[tuple[Callable[..., Any], tuple]], on_done: Callable[[], None]) -> list[Any]:
+            todo, running, results = list(work), set[Future[Any]](), []
+            while todo or running:
+                late = end is not None and time.monotonic() > end
+                while todo and len(running) < jobs and not late:
+                    function, arguments = todo.pop(0)
+                    running.add(pool.submit(function, *arguments))
+                if late and not running:
+                    break
+                finished, running = wait(running, timeout=0, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    results.append(future.result())
+                    on_done()
+                show(0.2)
+            return results
+
+        missing = [cell for cell in cells if cell not in done]
+        bases = {(cell.task, cell.base): cell for cell in missing}
+        drain([(_base, (cell, folder)) for cell in bases.values()], lambda: None)
+        drain([(_cell, (cell, folder)) for cell in missing], lambda: bar.advance(overall))
+    return [run(c, folder) for c in cells if (folder / "cells" / f"{c.name}.json").exists()]
+
+
+def _start(messages: Any) -> None:
+    global _messages
+    _messages = messages
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def _tell(text: str, steps: int) -> None:
+    _messages.put((os.getpid(), text, steps))
+
+
+def _base(cell: Cell, folder: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    trained_base(Task(cell.task), cell.base, folder / "bases", _tell)
+
+
+def _cell(cell: Cell, folder: Path) -> None:
+    run(cell, folder, _tell)

@@ -1,0 +1,112 @@
+"""What the cells say: means over seeds with intervals, as tables and plots.
+
+An interval is Student's 95 % interval of the mean over seeds; with one seed there is none. It covers the choice of
+adapter, examples and samples. It does not cover the base or the tests, which all seeds share.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from verl_pte.bench.learning.methods import METHODS
+
+_T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by number of seeds
+_KEYS = ("task", "way", "method", "warm", "steps", "lr", "encoder_lr", "kl", "full_reference", "knobs")
+WAYS = {"supervised": "supervised", "distilled": "warm start", "grpo": "GRPO"}
+
+
+def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each group of cells that differ in their seed alone."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for cell in found:
+        groups[str([cell["cell"][key] for key in _KEYS])].append(cell)
+    rows = []
+    for cells in groups.values():
+        good = [c for c in cells if "failure" not in c]
+        row = {key: cells[0]["cell"][key] for key in _KEYS} | {
+            "seeds": sorted(c["cell"]["seed"] for c in good),
+            "failures": [c["failure"] for c in cells if "failure" in c],
+        }
+        if good:
+            for key in ("answer", "chain"):
+                row[f"{key}_before"] = interval([c["history"][0][key] for c in good])
+                row[key] = interval([c["history"][-1][key] for c in good])
+                row[f"full_base_{key}"] = good[0]["full_base"][key]
+                row[f"window_base_{key}"] = good[0]["window_base"][key]
+            row["history"] = [
+                {"step": at[0]["step"], "answer": interval([h["answer"] for h in at])}
+                for at in zip(*(c["history"] for c in good), strict=True)
+            ]
+            row["far"] = [
+                {"work": at[0]["work"], "thought_length": at[0]["thought_length"]}
+                | {key: interval([h[key] for h in at]) for key in ("answer", "chain")}
+                for at in zip(*(c["far"] for c in good), strict=True)
+            ]
+            if "reward" in (good[0]["curve"] or [{}])[0]:
+                curves = [[step["reward"] for step in c["curve"]] for c in good]
+                row["reward"] = interval([mean(c[-20:]) for c in curves])
+                row["rewards"] = [mean(at) for at in zip(*curves, strict=True)]
+                row["mismatch_max"] = max(step.get("mismatch", 0.0) for c in good for step in c["curve"])
+        rows.append(row)
+    return rows
+
+
+def interval(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and half the width of its 95 % interval."""
+    half = _T95[len(values)] * stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return {"mean": mean(values), "half": half}
+
+
+def show(value: dict[str, float | None] | None) -> str:
+    """As in tables."""
+    if value is None:
+        return "-"
+    return f"{value['mean']:.3f}" + ("" if value["half"] is None else f" ± {value['half']:.3f}")
+
+
+def title(row: dict[str, Any]) -> str:
+    """Of a row: its method, and what else is special about it."""
+    knobs = ", ".join(f"{k} {v}" for k, v in row["knobs"].items())
+    return METHODS[row["method"]].title + (f" ({knobs})" if knobs else "")
+
+
+def way(row: dict[str, Any]) -> str:
+    """How a row was trained."""
+    extra = "" if not row["kl"] else f", KL {row['kl']}"
+    if row["way"] == "grpo":
+        return f"GRPO after {row['warm']} steps of warm start{extra}" if row["warm"] else f"GRPO from scratch{extra}"
+    return WAYS[row["way"]]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """For the terminal."""
+    out = Table(caption="Greedy answers under the method's window; ±: 95 % interval over seeds.", box=box.SIMPLE_HEAD)
+    for name in ("task", "training", "method", "seeds", "before", "answer", "chain", "reward"):
+        out.add_column(name, justify="left" if name in ("task", "training", "method") else "right")
+    for row in rows:
+        if row["failures"]:
+            out.add_row(row["task"], way(row), title(row), f"{len(row['failures'])} failed", "", "", "", "")
+        if row["seeds"]:
+            measured = [show(row.get(key)) for key in ("answer_before", "answer", "chain", "reward")]
+            out.add_row(row["task"], way(row), title(row), str(len(row["seeds"])), *measured)
+    return out
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The same table for a document."""
+    lines = [
+        "| task | training | method | seeds | before | answer | chain | reward |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["seeds"]:
+            measured = [show(row.get(key)) for key in ("answer_before", "answer", "chain", "reward")]
+            cells = [row["task"], way(row), title(row), str(len(row["seeds"])), *measured]
+            lines.append("| " + " | ".join(cells) + " |")
+        for failure in row["failures"]:
+            lines.append(f"| {row['task']} | {way(row)} | {title(row)} | failed | {failure} | | | |")
+    return "\n".join(lines) + "\n"
