@@ -11,12 +11,14 @@ from verl_pte.bench.learning.cells import Cell
 from verl_pte.bench.learning.methods import METHODS, QUICK_METHODS
 from verl_pte.bench.learning.tasks import KINDS
 
-FULL_BASE = BaseSettings(longest=128, steps=6000)
-FAR = (30, 50, 70, 90, 110, 128)  # work steps; a window of 16 tokens is eight of them
+FULL_BASE = BaseSettings(longest=64, steps=4000)
+FAR = (24, 32, 40, 48, 56, 64)  # work steps of two tokens each
+NARROW = {"window": 8, "block_size": 2}  # under which FAR is up to 18 windows
 TRAINED = tuple(m for m in METHODS if m != "base")
 WARMED = ("pte", "lora_c", "global_only", "global_0")
 GRPO_LR = 3e-4
-WINDOWS = (8, 16, 32)
+WARM = 150  # steps of distillation before GRPO: a start that leaves something to learn
+WINDOWS = (32, 48)
 FRACTIONS = (0.0625, 0.125, 0.25, 0.5)
 RANKS = (4, 8, 16, 32)
 STRENGTHS = (0.1, 0.3, 1.0)
@@ -41,9 +43,10 @@ def _full(seeds: int) -> Iterator[Cell]:
         for task in KINDS:
             for method in WARMED:
                 yield Cell(task, method, "distilled", seed, far=FAR if method == "pte" else (), base=FULL_BASE)
+                yield Cell(task, method, "distilled", seed, steps=WARM, base=FULL_BASE)
         for task in KINDS:
             for method in WARMED:
-                yield Cell(task, method, "grpo", seed, warm=400, steps=100, lr=GRPO_LR, base=FULL_BASE)
+                yield Cell(task, method, "grpo", seed, warm=WARM, steps=100, lr=GRPO_LR, base=FULL_BASE)
         for task in KINDS:
             for method in TRAINED:
                 yield Cell(task, method, "grpo", seed, steps=100, lr=GRPO_LR, base=FULL_BASE)
@@ -54,6 +57,7 @@ def _sweeps(seed: int) -> Iterator[Cell]:
     """On lookup, supervised: one setting at a time."""
     pte = Cell("lookup", "pte", "supervised", seed, base=FULL_BASE)
     for method in ("pte", "lora_c"):
+        yield replace(pte, method=method, knobs=NARROW, far=FAR)
         for window in WINDOWS:
             yield replace(pte, method=method, knobs={"window": window})
     for fraction in FRACTIONS:

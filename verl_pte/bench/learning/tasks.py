@@ -64,7 +64,7 @@ class Task:
     kind: str = "lookup"
     num_facts: int = 4
     lead: int = 4
-    max_work: int = 128
+    max_work: int = 64
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
