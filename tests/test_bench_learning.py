@@ -300,7 +300,7 @@ def test_command_reports_what_is_there(folder, monkeypatch) -> None:
     content = json.loads((folder / "learning.json").read_text())
     assert content["cells"] == {"planned": 4, "done": 4}
     assert [row["method"] for row in content["rows"]] == ["pte", "lora_c"]
-    assert "| lookup | supervised | LoRA_c | 2 |" in (folder / "learning.md").read_text()
+    assert "| lookup | supervised, 2 steps | LoRA_c | 2 |" in (folder / "learning.md").read_text()
     assert (folder / "learning_methods.png").exists()
     bad = CliRunner().invoke(app, ["learning", "--only", "nothing", "--output", str(folder)])
     assert bad.exit_code == 2 and "--only nothing: no cell has this in its name" in bad.output

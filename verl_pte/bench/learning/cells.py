@@ -21,14 +21,14 @@ from peft import PeftModel
 from torch import nn
 
 from verl_pte.bench import machine
-from verl_pte.bench.learning import training
+from verl_pte.bench.learning import main_ppo, training
 from verl_pte.bench.learning.base import BaseSettings, trained_base
 from verl_pte.bench.learning.evaluate import accuracy, test_examples
 from verl_pte.bench.learning.methods import pte_settings
 from verl_pte.bench.learning.tasks import Task
 from verl_pte.peft import attach, pte_config
 
-WAYS = ("supervised", "distilled", "grpo")
+WAYS = ("supervised", "distilled", "grpo", "main_ppo")  # the last is GRPO too, in verl
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Cell:
     Attributes:
         task, method, seed: of tasks.py and methods.py; the seed is of adapter, examples and samples. One base serves
             all seeds.
-        way: `supervised`, `distilled` or `grpo`.
+        way: one of WAYS.
         warm: optimizer steps of distillation that come before GRPO; 0 is from scratch.
         steps, lr, encoder_lr: of the optimizer, see training.Optimization.
         batch: examples a step, for supervised and distilled.
@@ -125,14 +125,15 @@ def _train(cell: Cell, folder: Path, tell: Any) -> dict[str, Any]:
         ceiling, floor = accuracy(model, task, examples, full), accuracy(model, task, examples)
     history = [{"step": 0, **accuracy(model, task, examples)._asdict()}]
     curve: list[dict[str, float]] = []
-    if cell.method != "base":
-        optimization = training.Optimization(
-            cell.steps,
-            cell.lr,
-            warmup=20 if cell.way != "grpo" else 10,
-            cosine=cell.way != "grpo",
-            encoder_lr=cell.encoder_lr,
-        )
+    on_policy = cell.way in ("grpo", "main_ppo")
+    optimization = training.Optimization(
+        cell.steps, cell.lr, warmup=10 if on_policy else 20, cosine=not on_policy, encoder_lr=cell.encoder_lr
+    )
+    if cell.way == "main_ppo":
+        tell(f"{cell.name}: in verl", 0)
+        curve, model = _in_verl(cell, model, task, optimization, folder)
+        history.append({"step": cell.steps, **accuracy(model, task, examples)._asdict()})
+    elif cell.method != "base":
         every = max(1, cell.steps // 8)
         for step, measured in training.optimize(model, optimization, _step(cell, model, task)):
             curve.append(measured)
@@ -161,6 +162,28 @@ def _step(cell: Cell, model: nn.Module, task: Task) -> training.Step:
         return training.distilled(model, task, cell.works, cell.batch, cell.seed)
     settings = training.GRPO(kl=cell.kl, full_reference=cell.full_reference)
     return training.grpo(model, task, cell.works, settings, cell.seed)
+
+
+def _in_verl(
+    cell: Cell, model: PeftModel, task: Task, optimization: training.Optimization, folder: Path
+) -> tuple[list[dict[str, float]], PeftModel]:
+    """Train the model's adapter by ``main_ppo``; returns its curve and the trained model."""
+    run_folder = folder / "main_ppo" / cell.name.replace("=", "-")  # hydra reads `=` in an override's value
+    model.save_pretrained(run_folder / "start")
+    pte, base = pte_config(model), model.unload()
+    settings = training.GRPO(kl=cell.kl, full_reference=cell.full_reference)
+    curve, adapter = main_ppo.run(
+        task,
+        base,
+        pte,
+        run_folder / "start",
+        run_folder,
+        works=cell.works,
+        settings=settings,
+        optimization=optimization,
+        seed=cell.seed,
+    )
+    return curve, PeftModel.from_pretrained(base, str(adapter))
 
 
 def warm_cell(cell: Cell) -> Cell:

@@ -16,7 +16,7 @@ from verl_pte.bench.learning.methods import METHODS
 
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by number of seeds
 _KEYS = ("task", "way", "method", "warm", "steps", "lr", "encoder_lr", "kl", "full_reference", "knobs")
-WAYS = {"supervised": "supervised", "distilled": "warm start", "grpo": "GRPO"}
+WAYS = {"supervised": "supervised", "distilled": "warm start", "grpo": "GRPO", "main_ppo": "GRPO in verl"}
 
 
 def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -77,9 +77,10 @@ def title(row: dict[str, Any]) -> str:
 def way(row: dict[str, Any]) -> str:
     """How a row was trained."""
     extra = "" if not row["kl"] else f", KL {row['kl']}"
-    if row["way"] == "grpo":
-        return f"GRPO after {row['warm']} steps of warm start{extra}" if row["warm"] else f"GRPO from scratch{extra}"
-    return WAYS[row["way"]]
+    if row["way"] in ("supervised", "distilled"):
+        return f"{WAYS[row['way']]}, {row['steps']} steps"
+    start = f"after {row['warm']} steps of warm start" if row["warm"] else "from scratch"
+    return f"{WAYS[row['way']]} {start}{extra}"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:

@@ -1,0 +1,116 @@
+"""GRPO of a cell through verl itself: ``python -m verl.trainer.main_ppo`` on the recipe of tiny models.
+
+The same task, base, adapter and settings as training.grpo, so that what this benchmark's short loop shows can be seen
+in a real run too: verl's controller, sampler, rewards and optimizer with this package's rollout and learner.
+
+Left out: verl. It runs in processes of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from verl_pte.bench.learning import reward, training, words
+from verl_pte.bench.learning.tasks import Task
+from verl_pte.config import PTEConfig
+
+# Recipes are of a checkout, not of the installed package.
+RECIPES = Path(__file__).resolve().parents[3] / "recipes"
+_TAIL = 4000  # characters of a failed run's output
+_CURVE = {"critic/score/mean": "reward", "pte/mismatch_max": "mismatch", "actor/grad_norm": "grad_norm"}
+
+
+def run(
+    task: Task,
+    base: PreTrainedModel,
+    pte: PTEConfig,
+    adapter: Path,
+    folder: Path,
+    *,
+    works: tuple[int, int],
+    settings: training.GRPO,
+    optimization: training.Optimization,
+    seed: int,
+) -> tuple[list[dict[str, float]], Path]:
+    """Train; returns measurements of each step and the folder of the trained adapter.
+
+    Raises RuntimeError with the end of verl's output if it fails.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    base.save_pretrained(folder / "base")
+    words.tokenizer(task).save_pretrained(folder / "base")
+    steps = optimization.steps
+    examples = [e for i in range(steps) for e in training.drawn(task, works, settings.prompts, seed, i)]
+    words.write_prompts(examples, task.kind, folder / "train.parquet")
+    words.write_prompts(examples[: settings.prompts], task.kind, folder / "val.parquet")
+    log = folder / "metrics.jsonl"
+    log.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(RECIPES)]
+    command += ["--config-name", "pte_tiny_cpu"]
+    command += _overrides(task, pte, adapter, folder, works, settings, optimization, seed)
+    env = os.environ | {"VERL_PLATFORM": "cpu", "VERL_FILE_LOGGER_PATH": str(log), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    trained = folder / "checkpoints" / f"global_step_{steps}" / "actor" / "pte_adapter"
+    if done.returncode or not trained.is_dir():
+        raise RuntimeError(f"main_ppo ended with status {done.returncode}: {(done.stdout + done.stderr)[-_TAIL:]}")
+    records = [json.loads(line)["data"] for line in log.read_text().splitlines()]
+    curve = [
+        {ours: float(record[theirs]) for theirs, ours in _CURVE.items() if theirs in record}
+        for record in records
+        if "critic/score/mean" in record
+    ]
+    return curve, trained
+
+
+def _overrides(
+    task: Task,
+    pte: PTEConfig,
+    adapter: Path,
+    folder: Path,
+    works: tuple[int, int],
+    settings: training.GRPO,
+    optimization: training.Optimization,
+    seed: int,
+) -> list[str]:
+    knobs = {name: getattr(pte, name) for name, _, _ in PTEConfig.knobs() if name != "target_modules"}
+    knobs["reference_cache"] = "full" if settings.full_reference else "window"
+    values: dict[str, Any] = {
+        "data.train_files": folder / "train.parquet",
+        "data.val_files": folder / "val.parquet",
+        "data.train_batch_size": settings.prompts,
+        "data.max_prompt_length": task.prompt_length,
+        "data.max_response_length": task.thought_length(works[1]) + 8,
+        "data.seed": seed,
+        "data.shuffle": False,
+        "reward.custom_reward_function.path": reward.__file__,
+        "reward.custom_reward_function.name": "compute_score",
+        "actor_rollout_ref.model.path": folder / "base",
+        "actor_rollout_ref.model.lora_adapter_path": adapter,
+        **{f"actor_rollout_ref.model.pte.{name}": value for name, value in knobs.items()},
+        "actor_rollout_ref.actor.optim.lr": optimization.lr,
+        "actor_rollout_ref.actor.optim.lr_warmup_steps": optimization.warmup,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": settings.prompts,
+        "actor_rollout_ref.actor.use_kl_loss": settings.kl > 0,
+        "actor_rollout_ref.actor.kl_loss_coef": settings.kl,
+        "actor_rollout_ref.actor.kl_loss_type": "low_var_kl",
+        "actor_rollout_ref.rollout.n": settings.group,
+        "actor_rollout_ref.rollout.max_num_seqs": settings.prompts * settings.group,
+        "trainer.logger": "[console,file]",
+        "trainer.default_local_dir": folder / "checkpoints",
+        "trainer.total_training_steps": optimization.steps,
+        "trainer.save_freq": optimization.steps,
+        "trainer.resume_mode": "disable",
+        "hydra.run.dir": folder / "hydra",
+    }
+    return [f"{key}={_plain(value)}" for key, value in values.items()]
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
