@@ -262,7 +262,7 @@ def test_casting_leaves_the_rotary_frequencies_alone():
 
 def test_gradients_are_refused_in_the_bounded_cache(model):
     engine = make_engine(model)
-    step = engine.cache.plan(None, [None] * 3, [0] * 3, decode=True)
+    step = engine.cache.plan(None, [None] * 3, [0] * 3)
     with torch.enable_grad(), pytest.raises(RuntimeError, match="inference"):
         engine.cache.begin(step)
 

@@ -37,8 +37,9 @@ def test_every_query_sees_what_the_schedule_says(schedule):
     plans = [schedule.chunks(p, p + 40, 5) for p in prompt_lens]
     for index in range(max(map(len, plans))):
         chunks = [plan[index] if index < len(plan) else None for plan in plans]
-        step = cache.plan(None, chunks, prompt_lens)
-        mask = cache.begin(step)
+        evicting = [row for row, chunk in enumerate(chunks) if chunk is not None and chunk.evicted is not None]
+        cache.evict(evicting, [chunks[row].evicted for row in evicting])
+        mask = cache.begin(cache.plan(None, chunks, prompt_lens))
         assert mask.any(-1).all(), "a row of the softmax is empty"
         for row, (chunk, prompt_len) in enumerate(zip(chunks, prompt_lens, strict=True)):
             for i in range(mask.shape[2]):
@@ -50,6 +51,32 @@ def test_every_query_sees_what_the_schedule_says(schedule):
                 assert visible_positions(cache, row, mask, i) == expected
         limits = [schedule.cache_limit(p) or 10**9 for p in prompt_lens]
         assert all(held <= limit for held, limit in zip(cache.occupancy().tolist(), limits, strict=True))
+
+
+@pytest.mark.parametrize("schedule", [Schedule(8, 0.25, 4), Schedule(20, 0.33, 4), Schedule(None, 0.25, 4)], ids=str)
+@torch.no_grad()
+def test_every_decoded_token_sees_what_the_schedule_says(schedule):
+    """Rows evict at different steps; row 1 idles, first empty and then with what a finished sequence left."""
+    cache = make_cache(schedule, rows=3)
+    prompt_lens = {0: 3, 2: 11}
+    for row, prompt_len in prompt_lens.items():
+        for chunk in schedule.chunks(prompt_len, prompt_len):
+            cache.begin(cache.plan([row], [chunk], [prompt_len]))
+    for step in range(45):
+        if step == 20:
+            cache.begin(cache.plan([1], schedule.chunks(7, 7), [7]))
+        queries = {row: prompt_len + step for row, prompt_len in prompt_lens.items()}
+        spans = {row: schedule.evicted_at(prompt_lens[row], query) for row, query in queries.items()}
+        evicting = [row for row, span in spans.items() if span is not None]
+        cache.evict(evicting, [spans[row] for row in evicting])
+        mask = cache.begin_decode(torch.tensor([queries.get(row, -1) for row in range(3)]))
+        assert cache.step.positions.tolist() == [[queries[0]], [0], [queries[2]]]
+        assert mask[1, 0, 0, cache.padding_slot] and cache.step.slots[1] == cache.padding_slot
+        for row, query in queries.items():
+            expected = {k for k in range(query + 1) if schedule.is_visible(prompt_lens[row], query, k)}
+            assert visible_positions(cache, row, mask, 0) == expected
+            assert cache.held_BS[row, cache.step.slots[row]] == query
+    assert cache.occupancy(torch.tensor([1])).tolist() == [7]
 
 
 @torch.no_grad()
@@ -69,17 +96,17 @@ def test_states_are_lent_for_the_time_of_the_forward_only():
     model = tiny_pte("qwen2", 8)
     linears = [m for m in model.modules() if isinstance(m, PTELinear)]
     model(torch.tensor(random_tokens(5)))
-    assert all(m.state_BRR is None for m in linears), "a kept state keeps its graph alive"
+    assert all(m.lent.state_BRR is None for m in linears), "a kept state keeps its graph alive"
     with pytest.raises(RuntimeError):
         model(torch.tensor(random_tokens(5)), attention_mask=torch.ones(1, 1, 7, 9, dtype=torch.bool))
-    assert all(m.state_BRR is None for m in linears), "also after a forward that failed"
+    assert all(m.lent.state_BRR is None for m in linears), "also after a forward that failed"
 
 
 def test_plain_forward_lends_the_initial_state():
     model = tiny_pte("qwen2", 8)
     seen = []
     linear = next(m for m in model.modules() if isinstance(m, PTELinear))
-    linear.register_forward_pre_hook(lambda module, args: seen.append(module.state_BRR))
+    linear.register_forward_pre_hook(lambda module, args: seen.append(module.lent.state_BRR))
     model(torch.tensor(random_tokens(5, 5)))
     encoder = model.get_base_model().model.layers[0].thought_encoder.encoder
     assert torch.equal(seen[0], encoder.initial_state(2))

@@ -6,21 +6,28 @@ positions, so the order of slots does not matter, only which of them may be seen
 (transformers passes a 4D mask through as it is). One more slot at the end takes the keys of padding, and padded
 queries see nothing else, so that no softmax row is empty.
 
-One call of the model is::
+One call of the model is, for prompts and for one more token of every row::
 
     step = cache.plan(rows, chunks, prompt_lens)     # integers from the schedule, on the host
-    mask = cache.begin(step)                         # evicted slots become invisible, new ones visible
-    model(input_ids=..., attention_mask=mask, position_ids=step.positions, past_key_values=cache, use_cache=True)
+    mask = cache.begin(step)                         # new slots become visible
 
-Inside it each decoder layer first asks for its thought state (peft/model.py installs the hook), which encodes the
-evicted keys and values while they still lie in their slots; then attention writes the new ones. All shapes are
-static, nothing that outlives a call is allocated after construction, and `begin` is tensor work alone: a CUDA graph
-can hold it.
+    cache.evict(rows, spans)                         # where tokens leave: slots are emptied, states move on
+    mask = cache.begin_decode(positions_B)
+
+followed by::
+
+    model(input_ids=..., attention_mask=mask, position_ids=cache.step.positions, past_key_values=cache, use_cache=True)
+
+States change between calls only: a sequence gets its initial state in `begin`, and `evict` encodes the evicted keys
+and values, of all layers at once and of no other rows, while they still lie in their slots. Inside the call each
+decoder layer merely asks for the state (peft/model.py installs the hook). So a decode call has static shapes, does no
+work for states, and is tensor work alone: one CUDA graph can hold it, whoever evicts. Nothing that outlives a call is
+allocated after construction.
 
 Left out: gradients (learner/cache.py keeps every token for that) and sampling.
 
-Shape suffixes: B rows of a call, S slots (the padding slot included), H kv heads, D head_dim, N tokens of a call, C
-chunk, R rank, L layers.
+Shape suffixes: B rows of a call, S slots (the padding slot included), H kv heads, D head_dim, N tokens of a call, E
+rows that evict, C chunk, R rank, L layers.
 """
 
 from abc import abstractmethod
@@ -33,7 +40,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from verl_pte.core.encoder import ThoughtEncoder
+from verl_pte.core.encoder_stack import EncoderStack
 from verl_pte.core.schedule import Chunk, Schedule
+
+# Rows whose evicted keys and values are read at once: bounds the memory that takes. Rows seldom evict together.
+_EVICT_ROWS = 8
 
 
 def attention_mask(visible: Tensor, attn_implementation: str, dtype: torch.dtype) -> Tensor:
@@ -63,8 +74,7 @@ class Step:
     slots: Tensor  # [B, N] where their keys go, the padding slot where padded
     valid: Tensor  # [B, N] bool
     fresh: Tensor | None  # [B] bool, sequences that start now; None = none does
-    evict_slots: Tensor | None  # [B, C] slots of the evicted tokens; None = nobody evicts
-    evicting: Tensor | None  # [B] bool
+    pinned: Tensor  # [B] pinned tokens of each sequence
 
 
 class MaskedLayer(CacheLayerMixin):
@@ -112,11 +122,10 @@ class _BoundedLayer(MaskedLayer):
 
     is_compileable = True
 
-    def __init__(self, current: _Current, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, current: _Current, keys_BHSD: Tensor, values_BHSD: Tensor) -> None:
         super().__init__()
         self.current = current
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = keys_BHSD, values_BHSD
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the call's keys and values [B, H, N, D] to their slots; return all slots of its rows [B, H, S, D]."""
@@ -141,7 +150,13 @@ class BoundedCache(ThoughtCache):
         num_layers, num_kv_heads, head_dim: of the model.
         rank: side of the thought state.
         dtype, device: of keys and values; states are float32.
+        adapter_dtype: what states are lent in; that of keys and values if None.
+
+    Attributes:
+        encoders: what starts and moves the states; None leaves them alone.
     """
+
+    encoders: EncoderStack | None = None
 
     def __init__(
         self,
@@ -156,28 +171,42 @@ class BoundedCache(ThoughtCache):
         rank: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        adapter_dtype: torch.dtype | None = None,
     ) -> None:
         self.schedule, self.device = schedule, torch.device(device)
         self.num_rows, self.max_prompt_length, self.max_thoughts = num_rows, max_prompt_length, max_thoughts
         self.pinned_max = schedule.pinned(max_prompt_length)
         self.ring = max_thoughts if schedule.window is None else schedule.window
         self.padding_slot = self.pinned_max + self.ring
-        shape = (num_rows, num_kv_heads, self.padding_slot + 1, head_dim)
+        shape = (num_layers, num_rows, num_kv_heads, self.padding_slot + 1, head_dim)
+        self.keys_LBHSD, self.values_LBHSD = (torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(2))
         self._current = _Current()
-        super().__init__(layers=[_BoundedLayer(self._current, shape, dtype, self.device) for _ in range(num_layers)])
+        buffers = zip(self.keys_LBHSD, self.values_LBHSD, strict=True)
+        super().__init__(layers=[_BoundedLayer(self._current, *pair) for pair in buffers])
         # Position held by each slot, -1 = empty. The padding slot never holds one.
         self.held_BS = torch.full((num_rows, self.padding_slot + 1), -1, dtype=torch.long, device=self.device)
+        self.pinned_B = torch.zeros(num_rows, dtype=torch.long, device=self.device)
         self.states_LBRR = torch.zeros(num_layers, num_rows, rank, rank, device=self.device)
+        # What layers multiply by: the same states, converted when they change and not in every call.
+        self.lent_LBRR = self.states_LBRR.to(adapter_dtype or dtype)
+        self._lent_by_layer = list(self.lent_LBRR)
 
     @property
     def num_bytes(self) -> int:
         """Bytes allocated for keys, values, slot positions and states."""
-        tensors = [self.held_BS, self.states_LBRR] + [t for layer in self.layers for t in (layer.keys, layer.values)]
+        tensors = [self.keys_LBHSD, self.values_LBHSD, self.held_BS, self.pinned_B, self.states_LBRR]
+        if self.lent_LBRR is not self.states_LBRR:
+            tensors.append(self.lent_LBRR)
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def occupancy(self) -> Tensor:
-        """Tokens each row holds now, per layer: [num_rows]. Counted from the slots, not from the schedule."""
-        return (self.held_BS >= 0).sum(1)
+    @property
+    def step(self) -> Step:
+        """The call under way."""
+        return self._current.step
+
+    def occupancy(self, rows: Tensor | None = None) -> Tensor:
+        """Tokens each row (all, or those given) holds now, per layer. Counted from the slots, not from the schedule."""
+        return ((self.held_BS if rows is None else self.held_BS[rows]) >= 0).sum(1)
 
     def slot(self, prompt_len: int, position: int) -> int:
         """Slot of a position within its row."""
@@ -189,19 +218,16 @@ class BoundedCache(ThoughtCache):
         rows: Sequence[int] | None,
         chunks: Sequence[Chunk | None],
         prompt_lens: Sequence[int],
-        *,
-        decode: bool = False,
     ) -> Step:
         """Tensors for running `chunks[b]` of the sequence in row `rows[b]` (None: rows 0, 1, ...; a None chunk idles).
 
-        With `decode` all chunks are one token and no sequence starts, so `fresh` is left out and shapes are static.
+        What a chunk evicts is for `evict` to do before.
         """
         size = len(chunks)
         width = max((c.end - c.start for c in chunks if c is not None), default=1)
         positions = [[0] * width for _ in range(size)]
         slots = [[self.padding_slot] * width for _ in range(size)]
-        evict_slots = [[self.padding_slot] * self.schedule.chunk for _ in range(size)]
-        lengths, fresh, evicting = [0] * size, [False] * size, [False] * size
+        lengths, fresh = [0] * size, [False] * size
         for b, (chunk, prompt_len) in enumerate(zip(chunks, prompt_lens, strict=True)):
             if chunk is None:
                 continue
@@ -209,32 +235,24 @@ class BoundedCache(ThoughtCache):
             positions[b][:count] = range(chunk.start, chunk.end)
             slots[b][:count] = [self.slot(prompt_len, p) for p in range(chunk.start, chunk.end)]
             fresh[b] = chunk.start == 0
-            if chunk.evicted is not None:
-                evicting[b] = True
-                evict_slots[b] = [self.slot(prompt_len, p) for p in range(*chunk.evicted)]
-        any_evicts = any(evicting)
         return Step(
             rows=None if rows is None else self._tensor(list(rows)),
             positions=self._tensor(positions),
             slots=self._tensor(slots),
             valid=self._tensor([[i < n for i in range(width)] for n in lengths]),
-            fresh=None if decode or not any(fresh) else self._tensor(fresh),
-            evict_slots=self._tensor(evict_slots) if any_evicts else None,
-            evicting=self._tensor(evicting) if any_evicts else None,
+            fresh=self._tensor(fresh) if any(fresh) else None,
+            pinned=self._tensor([self.schedule.pinned(n) for n in prompt_lens]),
         )
 
     def begin(self, step: Step) -> Tensor:
         """Make `step` the call under way; returns its mask, bool [B, 1, N, S], True where a query sees a slot."""
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "BoundedCache is for inference: use torch.no_grad(), or verl_pte.learner.Replay for gradients"
-            )
+        _refuse_gradients()
         self._current.step = step
         held_BS = self.held_BS if step.rows is None else self.held_BS[step.rows]
         if step.fresh is not None:
             held_BS = held_BS.masked_fill(step.fresh[:, None], -1)
-        if step.evict_slots is not None:
-            held_BS = held_BS.scatter(1, step.evict_slots, -1)
+            rows = torch.arange(self.num_rows, device=self.device) if step.rows is None else step.rows
+            self._start(rows[step.fresh], step.pinned[step.fresh])
         held_BS = held_BS.scatter(1, step.slots, torch.where(step.valid, step.positions, -1))
         if step.rows is None:
             self.held_BS.copy_(held_BS)
@@ -246,31 +264,64 @@ class BoundedCache(ThoughtCache):
         visible_BNS[:, :, self.padding_slot] |= ~step.valid
         return visible_BNS[:, None]
 
-    def thought_state(self, layer: int, encoder: ThoughtEncoder) -> Tensor:
-        """States of the call's rows: fresh rows start, evicting rows first take in what they evict."""
-        step, states_BRR = self._current.step, self.states_LBRR[layer]
-        state_BRR = states_BRR if step.rows is None else states_BRR[step.rows]
-        if step.fresh is not None:
-            state_BRR = torch.where(step.fresh[:, None, None], encoder.initial_state(len(state_BRR)), state_BRR)
-        if step.evict_slots is not None and encoder.update_state:
-            assert step.evicting is not None
-            raw_BRR = encoder.encode(*self._evicted(layer, step))
-            updated_BRR = encoder.accumulate(state_BRR, raw_BRR)
-            state_BRR = torch.where(step.evicting[:, None, None], updated_BRR, state_BRR)
-        if step.rows is None:
-            return states_BRR.copy_(state_BRR)
-        states_BRR[step.rows] = state_BRR
-        return state_BRR
+    def begin_decode(self, position_B: Tensor) -> Tensor:
+        """One token of every row, at these positions (-1: the row idles); returns the mask, bool [B, 1, 1, S]."""
+        _refuse_gradients()
+        offset_B = position_B - self.pinned_B
+        slot_B = torch.where(offset_B < 0, position_B, self.pinned_max + offset_B % self.ring)
+        busy_B = position_B >= 0
+        slots_B1 = torch.where(busy_B, slot_B, self.padding_slot)[:, None]
+        self._current.step = Step(
+            rows=None,
+            positions=position_B.clamp_min(0)[:, None],
+            slots=slots_B1,
+            valid=busy_B[:, None],
+            fresh=None,
+            pinned=self.pinned_B,
+        )
+        self.held_BS.scatter_(1, slots_B1, position_B[:, None])
+        visible_BS = self.held_BS >= 0  # what a row holds is never later than its newest token
+        visible_BS[:, self.padding_slot] = ~busy_B
+        return visible_BS[:, None, None]
 
-    def _evicted(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
-        """Keys and values of the evicted slots, heads side by side: [B, C, H * D] each."""
-        assert step.evict_slots is not None
-        out = []
-        for buffer in (self.layers[layer].keys, self.layers[layer].values):
-            rows_BHSD = buffer if step.rows is None else buffer[step.rows]
-            index_BHCD = step.evict_slots[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
-            out.append(rows_BHSD.gather(2, index_BHCD).transpose(1, 2).flatten(2))
-        return out[0], out[1]
+    def evict(self, rows: Sequence[int], spans: Sequence[tuple[int, int]]) -> None:
+        """Positions ``[lo, hi)`` of `spans[i]` leave row `rows[i]`; its states take them in."""
+        from_first_C = torch.arange(self.schedule.chunk, device=self.device)
+        for start in range(0, len(rows), _EVICT_ROWS):
+            some = slice(start, start + _EVICT_ROWS)
+            rows_E, first_E = self._tensor(list(rows[some])), self._tensor([lo for lo, _ in spans[some]])
+            offset_EC = (first_E - self.pinned_B[rows_E])[:, None] + from_first_C  # pinned tokens never leave
+            slots_EC = self.pinned_max + offset_EC % self.ring
+            self.held_BS[rows_E[:, None], slots_EC] = -1
+            if self.encoders is not None and self.encoders.update_state:
+                k_LECK, v_LECK = (
+                    buffer_LBHSD[:, rows_E[:, None], :, slots_EC].flatten(3).permute(2, 0, 1, 3)
+                    for buffer_LBHSD in (self.keys_LBHSD, self.values_LBHSD)
+                )
+                states_LERR = self.states_LBRR[:, rows_E]
+                self._set_states(rows_E, self.encoders.after_eviction(states_LERR, k_LECK, v_LECK))
+
+    def thought_state(self, layer: int, encoder: ThoughtEncoder) -> Tensor:
+        """States of the call's rows, in the adapter's dtype; `begin` and `evict` have seen to them."""
+        lent_BRR, rows = self._lent_by_layer[layer], self._current.step.rows
+        return lent_BRR if rows is None else lent_BRR[rows]
+
+    def _start(self, rows_B: Tensor, pinned_B: Tensor) -> None:
+        self.pinned_B[rows_B] = pinned_B
+        if self.encoders is not None:
+            self._set_states(rows_B, self.encoders.initial_LRR[:, None].expand(-1, len(rows_B), -1, -1))
+
+    def _set_states(self, rows_B: Tensor, states_LBRR: Tensor) -> None:
+        self.states_LBRR[:, rows_B] = states_LBRR
+        if self.lent_LBRR is not self.states_LBRR:
+            self.lent_LBRR[:, rows_B] = states_LBRR.to(self.lent_LBRR.dtype)
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.device)
+
+
+def _refuse_gradients() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "BoundedCache is for inference: use torch.no_grad(), or verl_pte.learner.Replay for gradients"
+        )

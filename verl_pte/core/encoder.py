@@ -116,9 +116,17 @@ class ThoughtEncoder(nn.Module):
         W_K, W_V = self._matrix("W_K"), self._matrix("W_V")
         return self.attend(linear(k_BEK.to(W_K.dtype), W_K).float(), linear(v_BEK.to(W_V.dtype), W_V).float())
 
-    def attend(self, k_BER: Tensor, v_BER: Tensor) -> Tensor:
-        """S' from projected keys and values, float32 both; what a rank that holds some of the heads has summed up."""
-        q_RR = nn.functional.linear(self._matrix("global_queries"), self._matrix("W_Q")).float()
+    def queries(self) -> Tensor:
+        """The projected global queries: float32 [R, R]."""
+        return nn.functional.linear(self._matrix("global_queries"), self._matrix("W_Q")).float()
+
+    def attend(self, k_BER: Tensor, v_BER: Tensor, q_RR: Tensor | None = None) -> Tensor:
+        """S' from projected keys and values, float32 both; what a rank that holds some of the heads has summed up.
+
+        `q_RR` are this encoder's own queries unless others are given.
+        """
+        if q_RR is None:
+            q_RR = self.queries()
         with torch.autocast(k_BER.device.type, enabled=False):
             scores_BRE = q_RR @ k_BER.transpose(-1, -2)
             if self.attention == "softmax":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from verl_pte.core.cache import BoundedCache
-from verl_pte.core.schedule import Chunk, Schedule
+from verl_pte.core.schedule import Schedule
 from verl_pte.engine.forward import Forward
 from verl_pte.engine.request import RolloutOutput, RunningSequence
 from verl_pte.engine.sampling import SamplingParams, sample
@@ -150,9 +150,12 @@ class RolloutEngine:
         if self.cache is None:
             raise RuntimeError("the engine sleeps: call wake() first")
         finished = []
-        free = [row for row in range(self.max_num_seqs) if row not in self._running]
-        rows = free[: len(self._waiting)]
-        if rows:
+        if self._waiting and len(self._running) < self.max_num_seqs:
+            assert self._forward is not None
+            if not self._running:  # weights may have changed since
+                self._forward.refresh()
+            free = [row for row in range(self.max_num_seqs) if row not in self._running]
+            rows = free[: len(self._waiting)]
             self._running.update((row, self._waiting.popleft()) for row in rows)
             finished += self._take(rows, self._prefill(rows))
         if self._running:
@@ -221,6 +224,7 @@ class RolloutEngine:
             rank=self.config.rank,
             dtype=parameter.dtype,
             device=parameter.device,
+            adapter_dtype=next(p.dtype for name, p in self.model.named_parameters() if "lora_A" in name),
         )
         self._peak_B = torch.zeros(self.max_num_seqs, dtype=torch.long, device=parameter.device)
         on_gpu = parameter.device.type == "cuda"
@@ -270,27 +274,48 @@ class RolloutEngine:
             logits_BV = self._forward.prefill(padded, step)
             for k, i in enumerate(busy):
                 last[i] = logits_BV[k]
+        for sequence, n in zip(sequences, prompt_lens, strict=True):
+            sequence.next_eviction = self.schedule.next_boundary(n, n - 1)
         return torch.stack([logits for logits in last if logits is not None])
 
     def _decode(self) -> Tensor:
         """Run every running sequence's newest token; logits [len(running), V], in row order."""
         assert self.cache is not None and self._forward is not None
-        chunks: list[Chunk | None] = [None] * self.max_num_seqs
-        tokens, prompt_lens = [0] * self.max_num_seqs, [0] * self.max_num_seqs
+        tokens, positions = [0] * self.max_num_seqs, [-1] * self.max_num_seqs
+        evicting = []
         for row, sequence in self._running.items():
-            n, position = len(sequence.prompt), sequence.position
-            evicted = self.schedule.evicted_at(n, position)
-            sequence.num_evictions += evicted is not None
-            chunks[row] = Chunk(position, position + 1, self.schedule.segment(n, position), evicted)
-            tokens[row], prompt_lens[row] = sequence.token_ids[-1], n
-        step = self.cache.plan(None, chunks, prompt_lens, decode=True)
-        logits_BV = self._forward.decode(torch.tensor(tokens, device=self.cache.device)[:, None], step)
+            positions[row], tokens[row] = sequence.position, sequence.token_ids[-1]
+            if positions[row] == sequence.next_eviction:
+                evicting.append(row)
+        if evicting:
+            self._evict(evicting)
+        logits_BV = self._forward.decode(torch.tensor([tokens, positions], device=self.cache.device))
+        if len(self._running) == self.max_num_seqs:
+            return logits_BV
         return logits_BV[torch.tensor(sorted(self._running), device=logits_BV.device)]
+
+    def _evict(self, rows: list[int]) -> None:
+        """Oldest tokens leave these rows, as the schedule has it for the tokens they are about to run."""
+        assert self.cache is not None
+        self._note_peaks(rows)
+        spans = []
+        for row in rows:
+            sequence = self._running[row]
+            span = self.schedule.evicted_at(len(sequence.prompt), sequence.position)
+            assert span is not None
+            spans.append(span)
+            sequence.num_evictions += 1
+            sequence.next_eviction = self.schedule.next_boundary(len(sequence.prompt), sequence.position)
+        self.cache.evict(rows, spans)
+
+    def _note_peaks(self, rows: list[int]) -> None:
+        """What rows hold only grows until they evict or finish: it is counted then."""
+        assert self.cache is not None
+        rows_E = torch.tensor(rows, device=self._peak_B.device)
+        self._peak_B[rows_E] = torch.maximum(self._peak_B[rows_E], self.cache.occupancy(rows_E))
 
     def _take(self, rows: list[int], logits_BV: Tensor) -> list[RolloutOutput]:
         """Sample a token for each row, and let go of those that finish."""
-        assert self.cache is not None
-        self._peak_B = torch.maximum(self._peak_B, self.cache.occupancy())
         sequences = [self._running[row] for row in rows]
         uniform = [s.random_stream.random() for s in sequences]
         tokens_B, log_probs_B = sample(logits_BV, [s.params for s in sequences], uniform)
@@ -304,6 +329,7 @@ class RolloutEngine:
         return finished
 
     def _finish(self, row: int, reason: str) -> RolloutOutput:
+        self._note_peaks([row])
         return self._running.pop(row).output(reason, int(self._peak_B[row]))
 
 

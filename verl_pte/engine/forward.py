@@ -1,9 +1,8 @@
 """One call of the model against the bounded cache: prefill chunks eagerly, decode steps through CUDA graphs where
 there is a GPU.
 
-A decode step always runs all rows, busy or idle, so its shapes never change. Two graphs are enough, one for steps on
-which some row evicts and one for the others; both are captured before the first request, on idle rows, which leaves
-the cache as it was.
+A decode step always runs all rows, busy or idle, so its shapes never change, and what rows evict is done before it. So
+one graph is enough; it is captured before the first request, on idle rows, which leaves the cache as it was.
 
 Left out: which tokens to run (engine.py) and what to do with the logits (sampling.py).
 
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from verl_pte.core.cache import BoundedCache, Step, attention_mask
+from verl_pte.core.encoder_stack import EncoderStack
+from verl_pte.peft import refresh_shared_inputs, thought_encoders
 
 
 class Forward:
@@ -27,81 +28,73 @@ class Forward:
     """
 
     def __init__(self, model: nn.Module, cache: BoundedCache, *, cuda_graph: bool, compile: bool) -> None:
-        causal_lm = model.get_base_model()
-        self.decoder, self.lm_head = causal_lm.model, causal_lm.lm_head
+        self.causal_lm = model.get_base_model()
+        self.decoder, self.lm_head = self.causal_lm.model, self.causal_lm.lm_head
         self.cache = cache
+        self.refresh()
         self._compiled = torch.compile(self._decode_eagerly, dynamic=False) if compile else None
-        self.graphs: dict[bool, _DecodeGraph] = {}
+        self.graph: _DecodeGraph | None = None
         if cuda_graph:
             with torch.cuda.device(cache.device):
-                for evicts in (False, True):
-                    if not evicts or cache.schedule.window is not None:
-                        self.graphs[evicts] = _DecodeGraph(self._run, self._idle_step(evicts))
+                self.graph = _DecodeGraph(self._run, cache.num_rows, cache.device)
+
+    def refresh(self) -> None:
+        """Renew what is derived from the adapter's weights; due before the first call after they have changed."""
+        refresh_shared_inputs(self.causal_lm)
+        encoders = thought_encoders(self.causal_lm)
+        self.cache.encoders = None if encoders is None else EncoderStack(encoders)
 
     @torch.no_grad()
     def prefill(self, tokens_BN: Tensor, step: Step) -> Tensor:
         """Run a chunk of prompts; returns the logits after each row's last token [B, V]."""
         last_B = step.valid.sum(1).clamp_min(1) - 1
-        return self.lm_head(self._hidden(tokens_BN, step)[torch.arange(len(last_B), device=last_B.device), last_B])
+        hidden = self._hidden(tokens_BN, self.cache.begin(step))
+        return self.lm_head(hidden[torch.arange(len(last_B), device=last_B.device), last_B])
 
     @torch.no_grad()
-    def decode(self, tokens_B1: Tensor, step: Step) -> Tensor:
-        """Run one token of every row; returns logits [B, V], under CUDA graphs a buffer the next call overwrites."""
-        graph = self.graphs.get(step.evict_slots is not None)
-        return self._run(tokens_B1, step) if graph is None else graph(tokens_B1, step)
+    def decode(self, tokens_and_positions_2B: Tensor) -> Tensor:
+        """Run one token of every row, at position -1 where it idles; returns logits [B, V].
 
-    def _run(self, tokens_B1: Tensor, step: Step) -> Tensor:
-        return (self._compiled or self._decode_eagerly)(tokens_B1, step)
+        Under a CUDA graph they lie in a buffer the next call overwrites.
+        """
+        return (self.graph or self._run)(tokens_and_positions_2B)
 
-    def _decode_eagerly(self, tokens_B1: Tensor, step: Step) -> Tensor:
-        return self.lm_head(self._hidden(tokens_B1, step)[:, 0])
+    def _run(self, tokens_and_positions_2B: Tensor) -> Tensor:
+        return (self._compiled or self._decode_eagerly)(tokens_and_positions_2B)
 
-    def _hidden(self, tokens_BN: Tensor, step: Step) -> Tensor:
+    def _decode_eagerly(self, tokens_and_positions_2B: Tensor) -> Tensor:
+        token_B, position_B = tokens_and_positions_2B
+        return self.lm_head(self._hidden(token_B[:, None], self.cache.begin_decode(position_B))[:, 0])
+
+    def _hidden(self, tokens_BN: Tensor, visible: Tensor) -> Tensor:
         decoder = self.decoder
-        mask = attention_mask(self.cache.begin(step), decoder.config._attn_implementation, decoder.dtype)
         return decoder(
             input_ids=tokens_BN,
-            attention_mask=mask,
-            position_ids=step.positions,
+            attention_mask=attention_mask(visible, decoder.config._attn_implementation, decoder.dtype),
+            position_ids=self.cache.step.positions,
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
 
-    def _idle_step(self, evicts: bool) -> Step:
-        rows, chunk, device = self.cache.num_rows, self.cache.schedule.chunk, self.cache.device
-        return Step(
-            rows=None,
-            positions=torch.zeros(rows, 1, dtype=torch.long, device=device),
-            slots=torch.full((rows, 1), self.cache.padding_slot, device=device),
-            valid=torch.zeros(rows, 1, dtype=torch.bool, device=device),
-            fresh=None,
-            evict_slots=torch.full((rows, chunk), self.cache.padding_slot, device=device) if evicts else None,
-            evicting=torch.zeros(rows, dtype=torch.bool, device=device) if evicts else None,
-        )
-
 
 class _DecodeGraph:
-    """One captured decode step with its input buffers."""
+    """One captured decode step with its input buffer."""
 
-    def __init__(self, decode: Callable[[Tensor, Step], Tensor], step: Step) -> None:
-        self.step = step
-        self.tokens_B1 = torch.zeros_like(step.positions)
+    def __init__(self, decode: Callable[[Tensor], Tensor], num_rows: int, device: torch.device) -> None:
+        self.input_2B = torch.zeros(2, num_rows, dtype=torch.long, device=device)
+        self.input_2B[1] = -1
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.no_grad(), torch.cuda.stream(stream):
             for _ in range(3):  # kernels must be loaded and chosen before capture
-                decode(self.tokens_B1, step)
+                decode(self.input_2B)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         with torch.no_grad(), torch.cuda.graph(self.graph):
-            self.logits_BV = decode(self.tokens_B1, step)
+            self.logits_BV = decode(self.input_2B)
 
-    def __call__(self, tokens_B1: Tensor, step: Step) -> Tensor:
-        self.tokens_B1.copy_(tokens_B1)
-        for name in ("positions", "slots", "valid", "evict_slots", "evicting"):
-            buffer = getattr(self.step, name)
-            if buffer is not None:
-                buffer.copy_(getattr(step, name))
-        with torch.cuda.device(self.tokens_B1.device):
+    def __call__(self, tokens_and_positions_2B: Tensor) -> Tensor:
+        self.input_2B.copy_(tokens_and_positions_2B)
+        with torch.cuda.device(self.input_2B.device):
             self.graph.replay()
         return self.logits_BV

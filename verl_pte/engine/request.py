@@ -33,6 +33,7 @@ class RunningSequence:
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     num_evictions: int = 0
+    next_eviction: int | None = None  # position at which tokens leave next
 
     @property
     def position(self) -> int:

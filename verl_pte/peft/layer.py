@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from verl_pte.config import PTEConfig
 from verl_pte.core.adapter import StateLoRA
 from verl_pte.core.encoder import ThoughtEncoder
+from verl_pte.peft.shared_input import Lent, SharedInput
 
 MERGE_REFUSED = (
     "a PTE adapter cannot be merged into the base weights: its update lora_B S lora_A depends on the thought state S, "
@@ -45,8 +46,9 @@ class PTELinear(nn.Module, BaseTunerLayer):
         self.pte_adapter = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # Set by the decoder layer for the time of its forward; None is the identity.
-        self.state_BRR: Tensor | None = None
+        # Both are the decoder layer's, which shares them among its linears (model.py).
+        self.lent = Lent()
+        self.group: tuple[SharedInput, int] | None = None
         self.pte_adapter[adapter_name] = StateLoRA(
             base_layer.in_features, base_layer.out_features, config.rank, config.alpha
         )
@@ -56,10 +58,14 @@ class PTELinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[B, N, in] -> [B, N, out] in the base layer's dtype."""
         y = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
+        if self._disable_adapters:
             return y
+        if self.lent.fused:
+            assert self.group is not None
+            shared, index = self.group
+            return shared.add_to(y, x, index, self.lent.state_BRR)
         for name in self.active_adapters:
-            y = y + self.pte_adapter[name](x, self.state_BRR).to(y.dtype)
+            y = y + self.pte_adapter[name](x, self.lent.state_BRR).to(y.dtype)
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

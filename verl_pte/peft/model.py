@@ -3,6 +3,8 @@
 The state reaches the linears through a forward pre-hook on the decoder layer: it asks the call's `ThoughtCache` for
 the layer's state (which applies a pending eviction) and lends it to the layer's `PTELinear`s until the layer's
 forward ends. It runs inside the layer's own forward because that is where FSDP has gathered the layer's parameters.
+The rollout engine's `BoundedCache` moves its states between calls and only lends them; its calls take the fused way
+through the linears (shared_input.py).
 Without a `ThoughtCache` (a plain ``model(input_ids)``) nothing is ever evicted, and the initial state holds: the
 full-cache result.
 
@@ -19,8 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from verl_pte.config import PTEConfig
-from verl_pte.core.cache import ThoughtCache
+from verl_pte.core.cache import BoundedCache, ThoughtCache
+from verl_pte.core.encoder import ThoughtEncoder
 from verl_pte.peft.layer import MERGE_REFUSED, PTELinear, ThoughtEncoderLayer
+from verl_pte.peft.shared_input import SHARED_INPUTS, Lent, SharedInput
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
 ATTENTION = ("sdpa", "eager")
@@ -85,6 +89,8 @@ class PTEModel(BaseTuner):
     def unload(self) -> nn.Module:
         """Take the adapters off and return the base model."""
         for layer in decoder_layers(self.model):
+            for name in ("_pte_groups", "_pte_lent"):
+                layer.__dict__.pop(name, None)
             for handle in layer.__dict__.pop("_pte_hooks", ()):
                 handle.remove()
             if hasattr(layer, "thought_encoder"):
@@ -167,18 +173,26 @@ def _check_base(model: nn.Module, config: PTEConfig) -> None:
 
 
 def _install_hooks(layer: nn.Module, index: int) -> None:
-    linears = [m for m in layer.modules() if isinstance(m, PTELinear)]
+    # Read off the layer when a hook runs: a deep copy of the layer then has its own.
+    layer._pte_groups, layer._pte_lent = _group_linears(layer), Lent()
     parameters = list(inspect.signature(layer.forward).parameters)
+    for linear in layer.modules():
+        if isinstance(linear, PTELinear):
+            linear.lent = layer._pte_lent
 
     def lend_state(module: nn.Module, args: tuple, kwargs: dict) -> None:
         call = dict(zip(parameters, args, strict=False)) | kwargs
-        state_BRR = _state(module, index, call["hidden_states"], call.get("past_key_values"))
-        for linear in linears:
-            linear.state_BRR = state_BRR
+        cache, lent = call.get("past_key_values"), module._pte_lent
+        lent.fused = isinstance(cache, BoundedCache)
+        lent.state_BRR = _state(module, index, call["hidden_states"], cache)
 
     def take_back(module: nn.Module, args: tuple, output: Any) -> None:
-        for linear in linears:
-            linear.state_BRR = None  # a state kept here would keep its whole graph alive
+        lent = module._pte_lent
+        lent.state_BRR = None  # a state kept here would keep its whole graph alive
+        if lent.fused:
+            lent.fused = False
+            for group in module._pte_groups:
+                group.forget()
 
     layer._pte_hooks = (
         layer.register_forward_pre_hook(lend_state, with_kwargs=True),
@@ -186,11 +200,42 @@ def _install_hooks(layer: nn.Module, index: int) -> None:
     )
 
 
+def _group_linears(layer: nn.Module) -> list[SharedInput]:
+    """Give every adapted linear its place in a group; linears of unknown names stand alone."""
+    named = {n.rpartition(".")[2]: m for n, m in layer.named_modules() if isinstance(m, PTELinear)}
+    known = {name for names in SHARED_INPUTS for name in names}
+    groups = []
+    for names in (*SHARED_INPUTS, *((name,) for name in named if name not in known)):
+        linears = [named[name] for name in names if name in named]
+        if linears:
+            group = SharedInput([linear.pte_adapter[linear.active_adapters[0]] for linear in linears])
+            groups.append(group)
+            for place, linear in enumerate(linears):
+                linear.group = (group, place)
+    return groups
+
+
+def refresh_shared_inputs(model: nn.Module) -> None:
+    """Let the fused way take over the adapter's parameters as they are now (model as in `decoder_layers`)."""
+    for layer in decoder_layers(model):
+        for group in layer._pte_groups:
+            group.refresh()
+
+
+def thought_encoders(model: nn.Module) -> list[ThoughtEncoder] | None:
+    """The active encoder of each decoder layer; None while adapters are disabled, or if the state is frozen."""
+    holders = [getattr(layer, "thought_encoder", None) for layer in decoder_layers(model)]
+    encoders = [holder.encoder for holder in holders if holder is not None and holder.encoder is not None]
+    return encoders or None
+
+
 def _state(layer: nn.Module, index: int, hidden_states: Tensor, cache: Any) -> Tensor | None:
     holder = getattr(layer, "thought_encoder", None)
     encoder = None if holder is None else holder.encoder
     if encoder is None:
         return None
+    if isinstance(cache, BoundedCache):
+        return cache.thought_state(index, encoder)
     with encoder.gathered():
         if isinstance(cache, ThoughtCache):
             state_BRR = cache.thought_state(index, encoder)
