@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from verl_pte.bench import machine, report, rollout
 from verl_pte.bench.learning.command import learning_command
+from verl_pte.bench.decode_command import decode_command
 from verl_pte.bench.settings import DEVICES, DTYPES, ENGINES, QUICK, Settings
 from verl_pte.vllm.version import require_version
 
@@ -117,6 +118,7 @@ def _run(settings: Settings, output: Path) -> None:
 
 
 app.command("learning")(learning_command)
+app.command("decode")(decode_command)
 
 if __name__ == "__main__":
     app()

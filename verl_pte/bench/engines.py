@@ -46,6 +46,21 @@ def make_engine(settings: Settings, method: str, models: Path) -> Engine:
     return (VllmEngine if settings.engine == "vllm" else NativeEngine)(settings, method, models)
 
 
+def native_device(settings: Settings) -> str:
+    """Where the native engine runs. Raises RuntimeError if that is a GPU and there is none."""
+    place = settings.device
+    if place == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if place == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("--device cuda: torch finds no CUDA device here")
+    return place
+
+
+def device_name(place: str) -> str:
+    """For reports."""
+    return torch.cuda.get_device_name() if place == "cuda" else place
+
+
 class VllmEngine:
     """vLLM in this process. Its block pool holds all sequences at their bound and no more: none is preempted."""
 
@@ -111,16 +126,14 @@ class NativeEngine:
 
         import verl_pte.peft  # noqa: F401  registers the method with PEFT
 
-        place = settings.device
-        if place == "auto":
-            place = "cuda" if torch.cuda.is_available() else "cpu"
+        place = native_device(settings)
         self.settings, self.dtype = settings, getattr(torch, settings.dtype)
         base = AutoModelForCausalLM.from_pretrained(models / "base", dtype=self.dtype)
         self.model = PeftModel.from_pretrained(base, models / method).to(place)
         self.prompts = random_prompts(settings, base.config.vocab_size)
         self.engine: Any = None
         self.allocated = 0
-        self.device = torch.cuda.get_device_name() if place == "cuda" else place
+        self.device = device_name(place)
 
     def prepare(self, length: int) -> None:
         """Allocate the cache."""

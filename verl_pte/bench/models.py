@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 from transformers.utils import logging
 
 from verl_pte.bench.settings import HEAD_DIM, METHODS, Settings
+from verl_pte.config import PTEConfig
 from verl_pte.peft import attach
 
 VOCAB = 8192
@@ -52,14 +53,21 @@ def make_models(settings: Settings, folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(base_config(settings), dtype=getattr(torch, settings.dtype))
     model.save_pretrained(folder / "base")
     for method in METHODS:
-        torch.manual_seed(settings.seed)
-        attached = attach(model, settings.method(method))
-        generator = torch.Generator().manual_seed(settings.seed)
-        for name, parameter in attached.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
+        attached = attach_random(model, settings.method(method), settings.seed)
         attached.save_pretrained(folder / method)
         model = attached.unload()
+
+
+def attach_random(model: Any, config: PTEConfig, seed: int) -> Any:
+    """Put an adapter with random weights on `model`; the same `lora_A` and `lora_B` for every method."""
+    torch.manual_seed(seed)
+    attached = attach(model, config)
+    with torch.no_grad():
+        for name, parameter in attached.named_parameters():
+            if "lora_" in name:
+                generator = torch.Generator(parameter.device).manual_seed(seed)
+                parameter.normal_(std=parameter.shape[1] ** -0.5, generator=generator)
+    return attached
 
 
 def random_prompts(settings: Settings, vocab_size: int) -> list[list[int]]:
