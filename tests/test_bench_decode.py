@@ -66,8 +66,13 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sum(record["evicting"]) == (0 if record["arm"] == "full" else 3)
 
 
+def test_some_steps_are_without_evictions() -> None:
+    settings = small(num_seqs=100)
+    assert len(set(settings.prompt_lengths)) <= settings.cycle_length // 2
+
+
 def made_up(settings: DecodeSettings) -> list[dict]:
-    """Cycle 0 takes: base 1 ms, LoRA_c 2, PTE 3, full 8; evicting adds 4 to LoRA_c and base, 12 to PTE. Cycle 1 double."""
+    """Cycle 0: base 1 ms, LoRA_c 2, PTE 3, full 8; evicting adds 4 to base and LoRA_c, 12 to PTE. Cycle 1: double."""
     records = []
     for cycle in range(2):
         for arm, quiet, evicting in (("full", 8, 8), ("base", 1, 5), ("lora_c", 2, 6), ("pte", 3, 15)):

@@ -35,11 +35,12 @@ def reported_errors() -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
-def prepare_output(folder: Path) -> None:
-    """Make the folder. Raises RuntimeError if plots cannot be drawn: better before the run than after it."""
+def draw_if_possible(path: Path, draw: Callable[[Path], None]) -> str:
+    """Draw the plot if matplotlib is there, which the benchmarks do without; says what came of it."""
     if find_spec("matplotlib") is None:
-        raise RuntimeError("the plot needs matplotlib: pip install 'verl-pte[docs]'")
-    folder.mkdir(parents=True, exist_ok=True)
+        return "no plot, which needs matplotlib: pip install 'verl-pte[docs]'"
+    draw(path)
+    return f"plot: {path}"
 
 
 @contextlib.contextmanager

@@ -42,11 +42,11 @@ def measure(settings: DecodeSettings, progress: Callable[[str, int], None]) -> l
     records = []
     for cycle in range(settings.cycles):
         progress(f"cycle {cycle + 1}/{settings.cycles}", 0)
-        own = [{"cycle": cycle, "arm": name, "seconds": [], "cpu_seconds": [], "evicting": []} for name in ARMS]
+        own: list[dict[str, Any]] = [{"cycle": cycle, "arm": name} for name in ARMS]
         for _ in range(settings.cycle_length):
             for record, engine in zip(own, engines.values(), strict=True):
                 for key, value in _timed_step(engine).items():
-                    record[key].append(value)
+                    record.setdefault(key, []).append(value)
         records += own
         progress(f"cycle {cycle + 1}/{settings.cycles}", len(ARMS) * settings.cycle_length)
     return records

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from verl_pte.bench import decode, decode_report, machine
-from verl_pte.bench.command import option, prepare_output, print_json, progress_bar, reported_errors
+from verl_pte.bench.command import draw_if_possible, option, print_json, progress_bar, reported_errors
 from verl_pte.bench.decode_settings import QUICK, QUICK_CYCLES, DecodeSettings
 from verl_pte.bench.settings import DEVICES, DTYPES, Settings
 
@@ -51,7 +51,7 @@ def decode_command(
 
 
 def _run(settings: DecodeSettings, output: Path, as_json: bool) -> None:
-    prepare_output(output)
+    output.mkdir(parents=True, exist_ok=True)
     # Before the run: its own load would be counted, and a checkout may move on.
     hardware, commit = machine.hardware(), machine.commit()
     console = Console()
@@ -68,8 +68,8 @@ def _run(settings: DecodeSettings, output: Path, as_json: bool) -> None:
     }
     json_file, plot = output / "decode.json", output / "decode.png"
     json_file.write_text(json.dumps(facts | {"records": records}, indent=2) + "\n")
-    decode_report.draw(settings, summary, plot)
+    drawn = draw_if_possible(plot, lambda path: decode_report.draw(settings, summary, path))
     console.print(decode_report.tables(settings, summary))
-    console.print(f"numbers: {json_file}   plot: {plot}", soft_wrap=True)
+    console.print(f"numbers: {json_file}   {drawn}", soft_wrap=True)
     if as_json:
         print_json(facts)

@@ -92,7 +92,8 @@ def tables(settings: DecodeSettings, summary: dict[str, Any]) -> Group:
         title=f"one decode step: {sizes.num_seqs} sequences, W={sizes.window}, rank {sizes.rank}, {sizes.dtype}; "
         "milliseconds",
         caption=f"Medians over {settings.cycles} eviction cycles. Some row evicts in "
-        f"{summary['steps_with_evictions']:.0%} of the steps; the full cache grows from {settings.warm_up} to {settings.num_tokens} thought tokens meanwhile.",
+        f"{summary['steps_with_evictions']:.0%} of the steps; the full cache grows from {settings.warm_up} to "
+        f"{settings.num_tokens} thought tokens meanwhile.",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

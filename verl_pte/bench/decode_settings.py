@@ -60,9 +60,12 @@ class DecodeSettings:
 
     @property
     def prompt_lengths(self) -> list[int]:
-        """Of each sequence: different within a block, so that sequences evict at different steps, as in rollouts."""
-        block = self.sizes.method("pte").schedule().block_size
-        return [max(1, self.sizes.prompt_length - i % block) for i in range(self.sizes.num_seqs)]
+        """Of each sequence: different, so that they evict at different steps, as in rollouts.
+
+        They spread over half a block and no cycle is shorter than one, so some steps are without evictions.
+        """
+        half = max(1, self.sizes.method("pte").schedule().block_size >> 1)
+        return [max(1, self.sizes.prompt_length - i % half) for i in range(self.sizes.num_seqs)]
 
 
 # Sizes of a run that takes less than a minute.

@@ -1,7 +1,7 @@
 """What the samples say: medians, spreads and ratios, as a table and a plot.
 
 A ratio of times is one within a turn, in which the methods ran one after another; given are the median over the turns,
-and the least and greatest.
+and the least and greatest. Left out: tokens per second at equal memory (equal_memory.py).
 """
 
 from pathlib import Path
@@ -20,15 +20,17 @@ COLORS = {"full": "tab:gray", "lora_c": "tab:blue", "pte": "tab:orange"}
 
 def summarize(settings: Settings, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each length and method."""
-    baseline = {(s["length"], s["repeat"]): s for s in samples if s["method"] == BASELINE}
+    by_turn = {(s["method"], s["length"], s["repeat"]): s for s in samples}
     rows = []
     for length in settings.lengths:
         for method in METHODS:
             mine = [s for s in samples if (s["length"], s["method"]) == (length, method)]
             times = [s["seconds"] for s in mine]
-            ratios = {
-                key: [s[key] / baseline[length, s["repeat"]][key] for s in mine] for key in ("seconds", "cpu_seconds")
-            }
+
+            def ratios(key: str, other: str, mine: list[dict[str, Any]] = mine, length: int = length) -> list[float]:
+                return [s[key] / by_turn[other, length, s["repeat"]][key] for s in mine]
+
+            to_baseline = ratios("seconds", BASELINE)
             rows.append(
                 {
                     "method": method,
@@ -37,24 +39,38 @@ def summarize(settings: Settings, samples: list[dict[str, Any]]) -> list[dict[st
                     "tokens_per_second": mine[0]["tokens"] / median(times),
                     "seconds": median(times),
                     "seconds_range": [min(times), max(times)],
-                    "time_ratio": median(ratios["seconds"]),
-                    "time_ratio_range": [min(ratios["seconds"]), max(ratios["seconds"])],
-                    "cpu_time_ratio": median(ratios["cpu_seconds"]),
+                    "time_ratio": median(to_baseline),
+                    "time_ratio_range": [min(to_baseline), max(to_baseline)],
+                    "time_ratio_to_full": median(ratios("seconds", "full")),
+                    "cpu_time_ratio": median(ratios("cpu_seconds", BASELINE)),
+                    "cpu_time_ratio_to_full": median(ratios("cpu_seconds", "full")),
                     "evictions": mine[0]["evictions"],
                     "peak_cache_tokens": _largest(mine, "peak_cache_tokens"),
                     "peak_cache_blocks": _largest(mine, "peak_cache_blocks"),
                     "held_bytes": _largest(mine, "held_bytes"),
+                    "allocated_bytes": _largest(mine, "allocated_bytes"),
+                    "peak_memory": _largest(mine, "peak_memory"),
+                    "peak_gpu_memory": _largest(mine, "peak_gpu_memory"),
                 }
             )
     return rows
 
 
 def memory(samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each method: what it allocated for caches at most, and the peaks of its process, loading included."""
+    """Of each method: what it allocated for caches at most, and the greatest peaks of its process."""
     keys = ("allocated_bytes", "peak_memory", "peak_gpu_memory")
     return {
         method: {key: _largest([s for s in samples if s["method"] == method], key) for key in keys}
         for method in METHODS
+    }
+
+
+def time_ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """PTE's time over the baselines', by length."""
+    pte = {str(row["length"]): row for row in rows if row["method"] == "pte"}
+    return {
+        "PTE / LoRA_c": {length: row["time_ratio"] for length, row in pte.items()},
+        "PTE / full cache": {length: row["time_ratio_to_full"] for length, row in pte.items()},
     }
 
 
@@ -64,12 +80,25 @@ def tables(settings: Settings, rows: list[dict[str, Any]], of_method: dict[str, 
     times = Table(
         title=f"{settings.engine} rollout: {settings.num_seqs} sequences, prompts of {settings.prompt_length}, "
         f"W={settings.window}, rank {settings.rank}, {settings.dtype}",
-        caption="Times are medians over the repeats. Blocks and MiB: one sequence at its peak.",
+        caption="Times are medians over the repeats. Blocks and MiB: one sequence at its peak. Peak: of the process "
+        "(on a GPU, of its memory), weights and libraries included.",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    for name in ("length", "method", "tok/s", "seconds", "spread", f"/ {baseline}", "range", "blocks", "MiB"):
+    for name in (
+        "length",
+        "method",
+        "tok/s",
+        "seconds",
+        "spread",
+        f"/ {baseline}",
+        "range",
+        "/ full",
+        "blocks",
+        "MiB",
+        "peak MiB",
+    ):
         times.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
         (fastest, slowest), (low, high) = row["seconds_range"], row["time_ratio_range"]
@@ -81,18 +110,19 @@ def tables(settings: Settings, rows: list[dict[str, Any]], of_method: dict[str, 
             f"{(slowest - fastest) / row['seconds']:.0%}",
             f"{row['time_ratio']:.2f}",
             "" if row["method"] == BASELINE else f"{low:.2f}-{high:.2f}",
+            f"{row['time_ratio_to_full']:.2f}",
             "-" if row["peak_cache_blocks"] is None else str(row["peak_cache_blocks"]),
             f"{row['held_bytes'] / MIB:.2f}",
+            _mib(row["peak_memory"] if row["peak_gpu_memory"] is None else row["peak_gpu_memory"]),
             end_section=row["method"] == list(METHODS)[-1],
         )
     peaks = Table(
-        caption="Peaks are of the whole process: libraries, weights and compilation included.", box=box.SIMPLE_HEAD
+        caption="At all lengths. Peaks are of the whole process: libraries and weights included.", box=box.SIMPLE_HEAD
     )
     for name in ("method", "MiB for caches", "peak resident MiB", "peak GPU MiB"):
         peaks.add_column(name, justify="left" if name == "method" else "right")
     for method, values in of_method.items():
-        mib = ["-" if value is None else f"{value / MIB:.1f}" for value in values.values()]
-        peaks.add_row(METHODS[method].title, *mib)
+        peaks.add_row(METHODS[method].title, *map(_mib, values.values()))
     return Group(times, peaks)
 
 
@@ -123,6 +153,10 @@ def draw(settings: Settings, rows: list[dict[str, Any]], path: Path) -> None:
         axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _mib(value: float | None) -> str:
+    return "-" if value is None else f"{value / MIB:.1f}"
 
 
 def _largest(samples: list[dict[str, Any]], key: str) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from verl_pte.config import PTEConfig
+from verl_pte.vllm.version import supported_version
 
 ENGINES = ("vllm", "native")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,7 +37,7 @@ class Settings:
     """One run. Raises ValueError naming the option, its value and what would be right.
 
     Attributes:
-        engine: `vllm` or `native`.
+        engine: `vllm` or `native`; see `default_engine`.
         lengths: tokens generated for each sequence, one measurement each.
         window: W of LoRA_c and PTE, in tokens.
         num_seqs: sequences decoded at once.
@@ -50,6 +51,8 @@ class Settings:
         eager: vLLM without torch.compile and CUDA graphs. The native engine is not compiled here either way.
         repeats: measurements of each method and length.
         seed: of weights and prompts.
+        equal_memory: also measure as many sequences of each method as fit into one cache budget (equal_memory.py).
+        budget_mib: that budget; None is what the full cache takes for num_seqs sequences at the longest length.
     """
 
     engine: str = "vllm"
@@ -67,6 +70,8 @@ class Settings:
     eager: bool = False
     repeats: int = 5
     seed: int = 0
+    equal_memory: bool = False
+    budget_mib: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("engine", ENGINES), ("dtype", DTYPES), ("device", DEVICES)):
@@ -82,6 +87,8 @@ class Settings:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         if self.hidden_size % HEAD_DIM:
             raise ValueError(f"--hidden-size {self.hidden_size}: must be a multiple of {HEAD_DIM}, the width of a head")
+        if self.budget_mib is not None and not self.budget_mib > 0:
+            raise ValueError(f"--budget-mib {self.budget_mib}: must be positive")
         if self.engine == "vllm" and self.device != "auto":
             raise ValueError(
                 f"--device {self.device}: must be auto with --engine vllm, which runs where its build does"
@@ -100,6 +107,11 @@ class Settings:
         limit = self.method(name).schedule().cache_limit(self.prompt_length)
         full = self.prompt_length + length
         return full if limit is None else min(full, limit)
+
+
+def default_engine(device: str) -> str:
+    """`vllm` where the tested version is installed and its build may choose the device, `native` elsewhere."""
+    return "vllm" if device == "auto" and supported_version() else "native"
 
 
 # A run that takes seconds, to see that all works. Its times say little: Python takes longer than the arithmetic.

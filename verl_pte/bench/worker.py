@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from verl_pte.bench.settings import Settings
 
 # One process, quiet, nothing looked up or sent. The block pool is sized in blocks (engines.py), whatever its GiB here.
@@ -34,7 +36,7 @@ class Worker:
     """A method's process, which starts at once; `ready` waits for it."""
 
     def __init__(self, settings: Settings, method: str, models: Path, log: Path) -> None:
-        self.method, self.log = method, log
+        self.settings, self.method, self.log = settings, method, log
         with log.open("w") as file:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "verl_pte.bench.worker"],
@@ -53,9 +55,16 @@ class Worker:
         return self._receive()
 
     def measure(self, length: int) -> dict[str, Any]:
-        """One sample. Raises RuntimeError if the process died."""
+        """One sample. Raises RuntimeError if the process died, or did something else than it was asked to."""
         self._send({"length": length})
-        return self._receive()
+        sample = self._receive()
+        asked, bound = self.settings.num_seqs * length, self.settings.most_tokens(self.method, length)
+        if sample["tokens"] != asked or sample["peak_cache_tokens"] > bound or sample["preemptions"]:
+            raise RuntimeError(
+                f"{self.method}: {sample['tokens']} tokens generated of {asked}, {sample['peak_cache_tokens']} held at "
+                f"once of {bound} allowed, {sample['preemptions']} preemptions: not what was to be measured"
+            )
+        return sample
 
     def close(self) -> None:
         """End the process, by force if it does not go."""
@@ -83,7 +92,7 @@ class Worker:
 
 
 def peak_memory() -> int | None:
-    """Most bytes this process had resident (Linux's VmHWM), or None where the system does not tell.
+    """Most bytes this process had resident since `reset_peaks` (Linux's VmHWM); None where the system does not tell.
 
     `getrusage` would count what the parent had resident when it started this process.
     """
@@ -94,18 +103,25 @@ def peak_memory() -> int | None:
     return None if found is None else int(found[1]) * 1024
 
 
+def reset_peaks() -> None:
+    """From here on peaks are counted anew, from what is in use now."""
+    with contextlib.suppress(OSError):  # no Linux: the peak stays that of the whole process
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def serve(answers: TextIO) -> None:
     """The worker's side."""
     job = json.loads(sys.stdin.readline())
     settings = Settings(**job["settings"] | {"lengths": tuple(job["settings"]["lengths"])})
-    import torch
-
     from verl_pte.bench.engines import make_engine
 
     engine = make_engine(settings, job["method"], Path(job["models"]))
     print(json.dumps({"device": engine.device, "threads": torch.get_num_threads()}), file=answers, flush=True)
     for line in sys.stdin:
         length = json.loads(line)["length"]
+        reset_peaks()
         engine.prepare(length)
         load, cpu, start = os.getloadavg()[0], time.process_time(), time.perf_counter()
         held = engine.generate(length)
