@@ -51,7 +51,9 @@ def test_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "_timed_step", lambda engine: order.append(engine) or timed(engine))
     records = decode.measure(settings, lambda text, done: None)
     assert [(r["cycle"], r["arm"]) for r in records] == [(i, name) for i in range(2) for name in ARMS]
-    assert order == list(engines.values()) * (2 * settings.cycle_length)
+    turns = [order[i : i + len(ARMS)] for i in range(0, len(order), len(ARMS))]
+    assert len(turns) == 2 * settings.cycle_length and len({tuple(map(id, turn)) for turn in turns}) > 1
+    assert all(set(turn) == set(engines.values()) for turn in turns)
     full, base, lora_c, pte = engines.values()
     assert full.schedule.window is None and pte.schedule.window == base.schedule.window == 32
     assert [e.config.freeze_state for e in engines.values()] == [True, True, True, False]

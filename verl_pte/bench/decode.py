@@ -2,11 +2,13 @@
 
 Their models share the base's weights. A step is `RolloutEngine.step` with all rows busy, from the tokens just sampled
 to the next: host work, model and sampling. It ends with the tokens on the host, so a wall clock sees all of it on a
-GPU too. They take turns step by step, A B C A B C: what disturbs the machine for a while falls on all alike. Ratios
-and differences are taken within one eviction cycle.
+GPU too. They take turns step by step, so what disturbs the machine for a while falls on all alike, and in an order
+drawn anew each time: a step is slower after one that left nothing of it in the processor's caches. Ratios and
+differences are taken within one eviction cycle.
 """
 
 import copy
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,15 +41,16 @@ def measure(settings: DecodeSettings, progress: Callable[[str, int], None]) -> l
         for _ in range(settings.warm_up):
             engine.step()
         progress(f"filled windows, {ARMS[name].title}", settings.warm_up)
-    records = []
+    records: list[dict[str, Any]] = []
+    order = random.Random(settings.sizes.seed)
     for cycle in range(settings.cycles):
         progress(f"cycle {cycle + 1}/{settings.cycles}", 0)
-        own: list[dict[str, Any]] = [{"cycle": cycle, "arm": name} for name in ARMS]
+        own: dict[str, dict[str, Any]] = {name: {"cycle": cycle, "arm": name} for name in ARMS}
         for _ in range(settings.cycle_length):
-            for record, engine in zip(own, engines.values(), strict=True):
-                for key, value in _timed_step(engine).items():
-                    record.setdefault(key, []).append(value)
-        records += own
+            for name in order.sample(list(ARMS), len(ARMS)):
+                for key, value in _timed_step(engines[name]).items():
+                    own[name].setdefault(key, []).append(value)
+        records += own.values()
         progress(f"cycle {cycle + 1}/{settings.cycles}", len(ARMS) * settings.cycle_length)
     return records
 
