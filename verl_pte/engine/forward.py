@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from verl_pte.core.cache import BoundedCache, Step, attention_mask
 from verl_pte.core.encoder_stack import EncoderStack
+from verl_pte.engine import attention
 from verl_pte.peft import refresh_shared_inputs, thought_encoders
 
 
@@ -60,7 +61,8 @@ class Forward:
         return (self.graph or self._run)(tokens_and_positions_2B)
 
     def _run(self, tokens_and_positions_2B: Tensor) -> Tensor:
-        return (self._compiled or self._decode_eagerly)(tokens_and_positions_2B)
+        with attention.selected(self.decoder.config):
+            return (self._compiled or self._decode_eagerly)(tokens_and_positions_2B)
 
     def _decode_eagerly(self, tokens_and_positions_2B: Tensor) -> Tensor:
         token_B, position_B = tokens_and_positions_2B
