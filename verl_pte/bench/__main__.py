@@ -22,6 +22,7 @@ from verl_pte.bench.command import (
     progress_bar,
     reported_errors,
 )
+from verl_pte.bench.configs import NAMED
 from verl_pte.bench.decode_command import decode_command
 from verl_pte.bench.settings import DEVICES, DTYPES, ENGINES, QUICK, Settings, default_engine
 from verl_pte.vllm.version import require_version
@@ -51,7 +52,7 @@ def rollout_command(
     rank: Annotated[int | None, option("Of the adapter.", _DEFAULT.rank)] = None,
     hidden_size: Annotated[int | None, option("Of the random Qwen2.", _DEFAULT.hidden_size)] = None,
     layers: Annotated[int | None, option("Of the random Qwen2.", _DEFAULT.layers)] = None,
-    model: Annotated[str | None, option("A config.json to take the model's sizes from.", "the random Qwen2")] = None,
+    model: Annotated[str | None, option(f"{', '.join(NAMED)}, or a config.json.", "the random Qwen2")] = None,
     dtype: Annotated[str | None, option(f"{', '.join(DTYPES)}.", _DEFAULT.dtype)] = None,
     device: Annotated[str | None, option(f"Of the native engine: {', '.join(DEVICES)}.", _DEFAULT.device)] = None,
     threads: Annotated[int | None, option("Of each method's process, on CPUs.", _DEFAULT.threads)] = None,

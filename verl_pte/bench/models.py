@@ -4,14 +4,14 @@ All methods share the base, and the same random `lora_A` and `lora_B`; `lora_B` 
 zeros. PTE has its encoders besides.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.utils import logging
 
+from verl_pte.bench.configs import load_config
 from verl_pte.bench.settings import HEAD_DIM, METHODS, Settings
 from verl_pte.config import PTEConfig
 from verl_pte.peft import attach
@@ -36,8 +36,7 @@ def base_config(settings: Settings) -> Any:
             eos_token_id=None,
             pad_token_id=None,
         )
-    path = Path(settings.model)
-    config = AutoConfig.for_model(**json.loads((path if path.is_file() else path / "config.json").read_text()))
+    config = load_config(settings.model)
     if config.max_position_embeddings < positions:
         raise ValueError(
             f"--lengths {max(settings.lengths)}: with a prompt of {settings.prompt_length} exceeds the model's "

@@ -4,9 +4,9 @@ Left out: how it is run (rollout.py) and what is made of the samples (report.py)
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from verl_pte.bench.configs import check_model
 from verl_pte.config import PTEConfig
 from verl_pte.vllm.version import supported_version
 
@@ -44,7 +44,7 @@ class Settings:
         prompt_length: of every sequence.
         rank: of the adapter.
         hidden_size, layers: of the random Qwen2, whose other sizes follow; not looked at with `model`.
-        model: a transformers config.json, or its folder, to take all sizes from instead.
+        model: a name of configs.py, or a transformers config.json or its folder, to take all sizes from instead.
         dtype: of weights and cache.
         device: where the native engine runs; vLLM runs where its build does.
         threads: of each method's process, on CPUs.
@@ -93,8 +93,8 @@ class Settings:
             raise ValueError(
                 f"--device {self.device}: must be auto with --engine vllm, which runs where its build does"
             )
-        if self.model is not None and not Path(self.model).exists():
-            raise ValueError(f"--model {self.model}: there is none; give a config.json, or the folder it is in")
+        if self.model is not None:
+            check_model(self.model)
         self.method("pte")  # checks the window
 
     def method(self, name: str) -> PTEConfig:

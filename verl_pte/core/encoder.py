@@ -20,6 +20,7 @@ Shape suffixes: B sequences, E evicted tokens, K kv heads x head_dim, R rank.
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +128,7 @@ class ThoughtEncoder(nn.Module):
         """
         if q_RR is None:
             q_RR = self.queries()
-        with torch.autocast(k_BER.device.type, enabled=False):
+        with _without_autocast(k_BER.device.type):
             scores_BRE = q_RR @ k_BER.transpose(-1, -2)
             if self.attention == "softmax":
                 scores_BRE = (scores_BRE / math.sqrt(self.rank)).softmax(-1)
@@ -164,6 +165,12 @@ class ThoughtEncoder(nn.Module):
         if self.normalize == "row":
             return state_BRR * _inverse_norm(state_BRR, (-1,))
         return state_BRR * (math.sqrt(self.rank) * _inverse_norm(state_BRR, (-2, -1)))
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    if not torch.amp.is_autocast_available(device_type):  # the meta device, on which FLOPs are counted
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _inverse_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -46,8 +46,9 @@ class CallCache(ThoughtCache):
     def __init__(self, call: Call, num_layers: int, states_in: list[Tensor | None]) -> None:
         self.call, self.states_in = call, states_in
         self.states_out: list[Tensor | None] = [None] * num_layers
-        self.update_ratios: list[Tensor] = []  # ||S'|| / ||S|| of every eviction and layer
+        # ||S|| before and ||S'|| / ||S|| of the update of each layer so far, [B], zero where a row does not evict.
         self.state_norms: list[Tensor] = []
+        self.update_ratios: list[Tensor] = []
         super().__init__(layers=[_CallLayer() for _ in range(num_layers)])
 
     def thought_state(self, layer: int, encoder: ThoughtEncoder) -> Tensor:
@@ -68,8 +69,9 @@ class CallCache(ThoughtCache):
         return state_BRR
 
     def _record(self, state_BRR: Tensor, raw_BRR: Tensor) -> None:
-        norms_B = state_BRR.detach().flatten(1).norm(dim=1)[self.call.evicting_B]
-        self.state_norms.append(norms_B)
-        self.update_ratios.append(
-            raw_BRR.detach().flatten(1).norm(dim=1)[self.call.evicting_B] / norms_B.clamp_min(1e-12)
-        )
+        # Masked, not indexed: a bool index would make the host wait for the device, once a layer.
+        norms_B, raw_norms_B = (t.detach().flatten(1).norm(dim=1) for t in (state_BRR, raw_BRR))
+        evicting_B = self.call.evicting_B
+        assert evicting_B is not None
+        self.state_norms.append(torch.where(evicting_B, norms_B, 0.0))
+        self.update_ratios.append(torch.where(evicting_B, raw_norms_B / norms_B.clamp_min(1e-12), 0.0))

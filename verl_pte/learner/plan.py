@@ -6,7 +6,10 @@ its queries or to none.
 
 Left out: keys and values (store.py) and the model (replay.py).
 
-Shape suffixes: B sequences, N tokens of a call, P visible past tokens, C evicted tokens, T response tokens.
+All of it is integers worked out on the host: nothing is read back from the device.
+
+Shape suffixes: B sequences, N tokens of a call, M of them not padding, P visible past tokens, C evicted tokens, T
+response tokens.
 """
 
 from collections.abc import Sequence
@@ -30,10 +33,12 @@ class Call:
     same_segment_BP: Tensor  # past tokens of the call's own segment
     evicted_BC: Tensor | None  # positions leaving before this call
     evicting_B: Tensor | None
+    num_evicting: int
     fresh_B: Tensor | None  # sequences that start here; None = none does
     targets_BN: Tensor  # token each position predicts, 0 where none
     response_BN: Tensor  # index of that token in the response; T where none
     columns: list[int]  # columns of N in which some row predicts a response token
+    kept_3M: Tensor  # (row, column of N, position) of every token the call runs
 
     def mask(self) -> Tensor:
         """bool [B, 1, N, P + N]: the past, then the call itself causally; padding sees only itself."""
@@ -101,7 +106,7 @@ class ReplayPlan:
             rows["evicted"].append([] if chunk is None or chunk.evicted is None else list(range(*chunk.evicted)))
         evicting = [bool(e) for e in rows["evicted"]]
         fresh = [c is not None and c.start == 0 for c in chunks]
-        response = self._pad(rows["response"], width, no_target)
+        kept = [(b, i, q) for b, row in enumerate(rows["positions"]) for i, q in enumerate(row)]
         past_width = max(map(len, rows["past"]))
         return Call(
             tokens_BN=self._pad(rows["tokens"], width),
@@ -112,10 +117,12 @@ class ReplayPlan:
             same_segment_BP=self._pad(rows["same"], past_width, False),
             evicted_BC=self._pad(rows["evicted"], self.schedule.chunk) if any(evicting) else None,
             evicting_B=self._tensor(evicting) if any(evicting) else None,
+            num_evicting=sum(evicting),
             fresh_B=self._tensor(fresh) if any(fresh) else None,
             targets_BN=self._pad(rows["targets"], width),
-            response_BN=response,
-            columns=(response < no_target).any(0).nonzero()[:, 0].tolist(),
+            response_BN=self._pad(rows["response"], width, no_target),
+            columns=sorted({i for row in rows["response"] for i, token in enumerate(row) if token < no_target}),
+            kept_3M=self._tensor([list(column) for column in zip(*kept, strict=True)] or [[], [], []]),
         )
 
     def _pad(self, rows: list[list], width: int, fill: int | bool = 0) -> Tensor:

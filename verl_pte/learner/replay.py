@@ -21,7 +21,7 @@ Under FSDP2 every rank must make the same calls: pass `group`, and ranks that ha
 Shape suffixes: B sequences, N tokens of a call, T longest response, V vocabulary, M hidden size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -139,24 +139,16 @@ class Replay:
         longest = max(self.plan.response_lens)
         gathered: list[Tensor | None] = [None] * 4
         self._states = [[None] * self.num_layers]
-        ratios: list[Tensor] = []
-        norms: list[Tensor] = []
+        norms = ratios = torch.zeros((), device=self.device)
+        updates = 0
         for index in tqdm(range(self.num_calls), desc="replay", unit="call", disable=not self.progress):
             call = self.plan.call(index)
-            cache = self._cache(call, self._states[index])
-            scores = self._run(call, cache)
-            slots_BN = call.response_BN[:, call.columns]
-            for i, found in enumerate(scores[:4]):
-                if found is None:
-                    continue
-                into = gathered[i]
-                if into is None:  # the last column takes what predicts nothing
-                    into = gathered[i] = found.new_zeros(self.plan.batch_size, longest + 1, *found.shape[2:])
-                into.scatter_(1, slots_BN if found.ndim == 2 else slots_BN[..., None].expand_as(found), found)
-            self._keep(call, cache)
+            cache = self._forward_call(call, self._states[index], gathered)
             self._states.append(cache.states_out)
-            ratios += cache.update_ratios
-            norms += cache.state_norms
+            if cache.state_norms:
+                norms = norms + torch.stack(cache.state_norms).sum()
+                ratios = ratios + torch.stack(cache.update_ratios).sum()
+                updates += len(cache.state_norms) * call.num_evicting
         lengths_B = torch.tensor(self.plan.response_lens, device=self.device)
         log_probs, entropy, divergence, hidden = (None if t is None else t[:, :longest].clone() for t in gathered)
         assert log_probs is not None
@@ -167,8 +159,8 @@ class Replay:
             hidden=hidden,
             mask=torch.arange(longest, device=self.device) < lengths_B[:, None],
             num_evictions=self.plan.num_evictions(),
-            state_norm=float(torch.cat(norms).mean()) if norms else float("nan"),
-            update_ratio=float(torch.cat(ratios).mean()) if ratios else float("nan"),
+            state_norm=_mean(norms, updates),
+            update_ratio=_mean(ratios, updates),
         )
 
     def backward(
@@ -208,33 +200,64 @@ class Replay:
                 self.model.set_requires_gradient_sync(last and index == 0)
             call = self.plan.call(index)
             states_in = [None if s is None else s.detach().requires_grad_() for s in self._states.pop()]
-            cache = self._cache(call, states_in, grad=True)
-            with torch.enable_grad():
-                scores = self._run(call, cache)
-                slots_BN = call.response_BN[:, call.columns]
-                loss = scores.anchor
-                for found_BN, d_found in zip(scores[:3], d_scores, strict=True):
-                    if d_found is not None:
-                        assert found_BN is not None, "a gradient of what this replay was not asked for"
-                        loss = loss + (found_BN * d_found.gather(1, slots_BN)).sum()
-            roots: list[Tensor] = [loss]
-            gradients: list[Tensor | None] = [None]
-            for layer, ring in zip(cache.layers, rings, strict=True):
-                for own, gradient in zip(layer.own, ring.collect(slots(call.positions_BN), call.valid_BN), strict=True):
-                    if own.requires_grad:
-                        roots.append(own)
-                        gradients.append(gradient.to(own.dtype))
-            for state, d_state in zip(cache.states_out, d_states, strict=True):
-                if state is not None and d_state is not None and state.requires_grad:
-                    roots.append(state)
-                    gradients.append(d_state)
-            torch.autograd.backward(roots, gradients)
-            for layer, ring in zip(cache.layers, rings, strict=True):
-                self._pass_on(call, layer, ring, slots)
-            d_states = [self._state_gradient(call, s) for s in states_in]
+            d_states = self._backward_call(call, states_in, d_scores, rings, slots, d_states)
 
     # -- one call
     # ---------------------------------------------------------------------------------------------------------
+
+    def _forward_call(self, call: Call, states_in: list[Tensor | None], gathered: list[Tensor | None]) -> CallCache:
+        """Run a call without gradients; keep its keys and values, and write its scores to their places in `gathered`."""
+        cache = self._cache(call, states_in)
+        scores = self._run(call, cache)
+        slots_BN = call.response_BN[:, call.columns]
+        for i, found in enumerate(scores[:4]):
+            if found is None:
+                continue
+            into = gathered[i]
+            if into is None:  # the last column takes what predicts nothing
+                length = max(self.plan.response_lens) + 1
+                into = gathered[i] = found.new_zeros(self.plan.batch_size, length, *found.shape[2:])
+            into.scatter_(1, slots_BN if found.ndim == 2 else slots_BN[..., None].expand_as(found), found)
+        self._keep(call, cache)
+        return cache
+
+    def _backward_call(
+        self,
+        call: Call,
+        states_in: list[Tensor | None],
+        d_scores: list[Tensor | None],
+        rings: list[GradientRing],
+        slots: Callable[[Tensor], Tensor],
+        d_states: list[Tensor | None],
+    ) -> list[Tensor | None]:
+        """Run a call with gradients and backpropagate through it; returns the gradients of `states_in`.
+
+        `d_states` are those of the states it hands on; `rings` hold those of keys and values, at `slots` of positions.
+        """
+        cache = self._cache(call, states_in, grad=True)
+        with torch.enable_grad():
+            scores = self._run(call, cache)
+            slots_BN = call.response_BN[:, call.columns]
+            loss = scores.anchor
+            for found_BN, d_found in zip(scores[:3], d_scores, strict=True):
+                if d_found is not None:
+                    assert found_BN is not None, "a gradient of what this replay was not asked for"
+                    loss = loss + (found_BN * d_found.gather(1, slots_BN)).sum()
+        roots: list[Tensor] = [loss]
+        gradients: list[Tensor | None] = [None]
+        for layer, ring in zip(cache.layers, rings, strict=True):
+            for own, gradient in zip(layer.own, ring.collect(slots(call.positions_BN), call.valid_BN), strict=True):
+                if own.requires_grad:
+                    roots.append(own)
+                    gradients.append(gradient.to(own.dtype))
+        for state, d_state in zip(cache.states_out, d_states, strict=True):
+            if state is not None and d_state is not None and state.requires_grad:
+                roots.append(state)
+                gradients.append(d_state)
+        torch.autograd.backward(roots, gradients)
+        for layer, ring in zip(cache.layers, rings, strict=True):
+            self._pass_on(call, layer, ring, slots)
+        return [self._state_gradient(call, s) for s in states_in]
 
     def _cache(self, call: Call, states_in: list[Tensor | None], grad: bool = False) -> CallCache:
         cache = CallCache(call, self.num_layers, states_in)
@@ -308,8 +331,7 @@ class Replay:
         if not self.stores:
             length = max(self.plan.run_lens)
             self.stores = [KVStore(self.plan.batch_size, length, layer.own[0], self.on_host) for layer in cache.layers]
-        rows, columns = call.valid_BN.nonzero(as_tuple=True)
-        positions = call.positions_BN[rows, columns]
+        rows, columns, positions = call.kept_3M
         for layer, store in zip(cache.layers, self.stores, strict=True):
             store.put(rows, columns, positions, *layer.own)
 
@@ -329,6 +351,11 @@ class Replay:
         if self.gradient == "truncated" and call.evicting_B is not None:
             return torch.where(call.evicting_B[:, None, None], 0.0, state.grad)
         return state.grad
+
+
+def _mean(total: Tensor, count: int) -> float:
+    """nan without any, and on the meta device, which has no numbers."""
+    return float(total) / count if count and not total.is_meta else float("nan")
 
 
 def _agree(num_calls: int, group: dist.ProcessGroup | None, device: torch.device) -> int:
