@@ -192,6 +192,11 @@ class BoundedCache(ThoughtCache):
         self._lent_by_layer = list(self.lent_LBRR)
 
     @property
+    def num_slots(self) -> int:
+        """Slots of a row, the padding slot included: what a decode step attends over, seen or not."""
+        return self.padding_slot + 1
+
+    @property
     def num_bytes(self) -> int:
         """Bytes allocated for keys, values, slot positions and states."""
         tensors = [self.keys_LBHSD, self.values_LBHSD, self.held_BS, self.pinned_B, self.states_LBRR]

@@ -65,7 +65,7 @@ class ReplayPlan:
         self.schedule, self.device = schedule, device
         self.prompt_lens = [len(p) for p in prompts]
         self.response_lens = [len(r) for r in responses]
-        self.sequences = [torch.cat([p, r]).tolist() for p, r in zip(prompts, responses, strict=True)]
+        self.sequences = [torch.cat([p, r]).cpu().long() for p, r in zip(prompts, responses, strict=True)]
         self.run_lens = [len(s) - 1 for s in self.sequences]
         self.chunks: list[list[Chunk]] = [
             schedule.chunks(p, n, chunk_tokens) for p, n in zip(self.prompt_lens, self.run_lens, strict=True)
@@ -86,51 +86,58 @@ class ReplayPlan:
         some).
         """
         chunks = [c[index] if index < len(c) else None for c in self.chunks]
-        width = max([c.end - c.start for c in chunks if c is not None], default=1)
         no_target = max(self.response_lens)
-        rows: dict[str, list] = {
-            name: [] for name in ("tokens", "positions", "targets", "response", "past", "same", "evicted")
+        rows: dict[str, list[Tensor]] = {
+            name: [] for name in ("tokens", "positions", "targets", "response", "past", "same", "evicted", "kept")
         }
         for b, chunk in enumerate(chunks):
-            run = range(0) if chunk is None else range(chunk.start, chunk.end)
-            past = [] if chunk is None else self.schedule.visible_before(self.prompt_lens[b], chunk.start)
-            segment_start = 0 if chunk is None else self.schedule.segment_start(self.prompt_lens[b], chunk.segment)
-            rows["positions"].append(list(run))
-            rows["tokens"].append([self.sequences[b][q] for q in run])
-            rows["targets"].append([self.sequences[b][q + 1] if q + 1 >= self.prompt_lens[b] else 0 for q in run])
-            rows["response"].append(
-                [q + 1 - self.prompt_lens[b] if q + 1 >= self.prompt_lens[b] else no_target for q in run]
-            )
+            prompt_len, sequence = self.prompt_lens[b], self.sequences[b]
+            start, end = (0, 0) if chunk is None else (chunk.start, chunk.end)
+            positions, past = torch.arange(start, end), torch.arange(0)
+            segment_start = 0
+            if chunk is not None:
+                past = torch.tensor(self.schedule.visible_before(prompt_len, start), dtype=torch.long)
+                segment_start = self.schedule.segment_start(prompt_len, chunk.segment)
+            is_target = positions + 1 >= prompt_len
+            rows["positions"].append(positions)
+            rows["tokens"].append(sequence[start:end])
+            rows["targets"].append(sequence[start + 1 : end + 1].where(is_target, 0))
+            rows["response"].append((positions + 1 - prompt_len).where(is_target, no_target))
             rows["past"].append(past)
-            rows["same"].append([q >= segment_start for q in past])
-            rows["evicted"].append([] if chunk is None or chunk.evicted is None else list(range(*chunk.evicted)))
-        evicting = [bool(e) for e in rows["evicted"]]
-        fresh = [c is not None and c.start == 0 for c in chunks]
-        kept = [(b, i, q) for b, row in enumerate(rows["positions"]) for i, q in enumerate(row)]
-        past_width = max(map(len, rows["past"]))
+            rows["same"].append(past >= segment_start)
+            evicted = None if chunk is None else chunk.evicted
+            rows["evicted"].append(torch.arange(*evicted) if evicted is not None else torch.arange(0))
+            rows["kept"].append(torch.stack([torch.full_like(positions, b), torch.arange(end - start), positions]))
+        evicting = torch.tensor([len(row) > 0 for row in rows["evicted"]])
+        fresh = torch.tensor([c is not None and c.start == 0 for c in chunks])
+        response_BN = _pad(rows["response"], no_target)
+        evicted_BC, evicting_B = (
+            t.to(self.device) if evicting.any() else None for t in (_pad(rows["evicted"]), evicting)
+        )
         return Call(
-            tokens_BN=self._pad(rows["tokens"], width),
-            positions_BN=self._pad(rows["positions"], width),
-            valid_BN=self._lengths_mask(rows["positions"], width),
-            past_BP=self._pad(rows["past"], past_width),
-            past_valid_BP=self._lengths_mask(rows["past"], past_width),
-            same_segment_BP=self._pad(rows["same"], past_width, False),
-            evicted_BC=self._pad(rows["evicted"], self.schedule.chunk) if any(evicting) else None,
-            evicting_B=self._tensor(evicting) if any(evicting) else None,
-            num_evicting=sum(evicting),
-            fresh_B=self._tensor(fresh) if any(fresh) else None,
-            targets_BN=self._pad(rows["targets"], width),
-            response_BN=self._pad(rows["response"], width, no_target),
-            columns=sorted({i for row in rows["response"] for i, token in enumerate(row) if token < no_target}),
-            kept_3M=self._tensor([list(column) for column in zip(*kept, strict=True)] or [[], [], []]),
+            tokens_BN=_pad(rows["tokens"]).to(self.device),
+            positions_BN=_pad(rows["positions"]).to(self.device),
+            valid_BN=_lengths_mask(rows["positions"]).to(self.device),
+            past_BP=_pad(rows["past"], width=0).to(self.device),
+            past_valid_BP=_lengths_mask(rows["past"], width=0).to(self.device),
+            same_segment_BP=_pad(rows["same"], False, width=0).to(self.device),
+            evicted_BC=evicted_BC,
+            evicting_B=evicting_B,
+            num_evicting=int(evicting.sum()),
+            fresh_B=fresh.to(self.device) if fresh.any() else None,
+            targets_BN=_pad(rows["targets"]).to(self.device),
+            response_BN=response_BN.to(self.device),
+            columns=(response_BN < no_target).any(0).nonzero()[:, 0].tolist(),
+            kept_3M=torch.cat(rows["kept"], dim=1).to(self.device),
         )
 
-    def _pad(self, rows: list[list], width: int, fill: int | bool = 0) -> Tensor:
-        return self._tensor([row + [fill] * (width - len(row)) for row in rows])
 
-    def _lengths_mask(self, rows: list[list], width: int) -> Tensor:
-        return self._tensor([[i < len(row) for i in range(width)] for row in rows]).bool()
+def _pad(rows: list[Tensor], fill: int | bool = 0, width: int = 1) -> Tensor:
+    """Rows of different lengths side by side, at least `width` wide."""
+    width = max(width, *map(len, rows))
+    return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=fill) for row in rows])
 
-    def _tensor(self, values: list) -> Tensor:
-        tensor = torch.tensor(values, device=self.device)
-        return tensor if tensor.numel() else tensor.long()
+
+def _lengths_mask(rows: list[Tensor], width: int = 1) -> Tensor:
+    lengths = torch.tensor([len(row) for row in rows])
+    return torch.arange(max(width, *map(len, rows))) < lengths[:, None]

@@ -206,7 +206,7 @@ class Replay:
     # ---------------------------------------------------------------------------------------------------------
 
     def _forward_call(self, call: Call, states_in: list[Tensor | None], gathered: list[Tensor | None]) -> CallCache:
-        """Run a call without gradients; keep its keys and values, and write its scores to their places in `gathered`."""
+        """Run a call without gradients; keep its keys and values, write its scores to their places in `gathered`."""
         cache = self._cache(call, states_in)
         scores = self._run(call, cache)
         slots_BN = call.response_BN[:, call.columns]
