@@ -39,6 +39,7 @@ MAY_IMPORT = {
         "vllm",
         "bench",
     },  # names the version it measured
+    "bench.verl_baseline": {"bench"},
     "patches": {"patches"},  # patches of verl: the bottom layer, the plugin hands them what they call
     "": set(),  # verl_pte/__init__.py names its public parts as strings and loads them on use
 }
@@ -47,6 +48,7 @@ OPTIONAL = {"verl", "ray", "vllm", "megatron", "tensordict", "hydra", "omegaconf
 MAY_IMPORT_OPTIONAL = {
     "vllm": {"vllm"},
     "bench": {"vllm"},
+    "bench.verl_baseline": {"verl", "tensordict"},  # loaded where verl is, for what is measured beside ours
     "verl": OPTIONAL,
     "patches": OPTIONAL,
 }
@@ -149,6 +151,8 @@ def test_module_keeps_the_rule(module: str, path: Path) -> None:
         ("verl_pte.cli.new", "def f():\n    from vllm import LLM", "without vllm"),
         ("verl_pte.cli.new", "from verl_pte.verl.checks import check_run", "imports verl_pte.verl.checks"),
         ("verl_pte.bench.new", "from verl_pte.cli import app", "imports verl_pte.cli.app"),
+        ("verl_pte.bench.new", "def f():\n    import verl", "without verl"),
+        ("verl_pte.bench.verl_baseline", "from verl_pte.verl.checks import check_run", "imports verl_pte.verl.checks"),
     ],
 )
 def test_checker_catches(module: str, source: str, complaint: str) -> None:
@@ -208,6 +212,13 @@ def test_vllm_part_loads_vllm_on_use_only() -> None:
     """It is asked for settings and versions where vLLM is missing, or not to be touched yet."""
     names = ("plugin", "settings", "version", "weights", "options", "serve", "stream")
     loaded = _loaded_by("import verl_pte.vllm, " + ", ".join(f"verl_pte.vllm.{name}" for name in names))
+    assert not loaded & OPTIONAL
+
+
+def test_learner_benchmark_needs_no_verl() -> None:
+    modules = ("learner_command", "learner_worker", "learner_steps", "flops")
+    loaded = _loaded_by("import " + ", ".join(f"verl_pte.bench.{name}" for name in modules))
+    assert "torch" in loaded
     assert not loaded & OPTIONAL
 
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from verl_pte.bench.learning.command import learning_command
-from verl_pte.bench import equal_memory, flops_command, machine, report, rollout
+from verl_pte.bench import equal_memory, flops_command, learner_command, machine, report, rollout
 from verl_pte.bench.command import (
     draw_if_possible,
     option,
@@ -123,6 +123,7 @@ def _run(settings: Settings, output: Path, as_json: bool) -> None:
 app.command("learning")(learning_command)
 app.command("decode")(decode_command)
 app.command("flops")(flops_command.command)
+app.command("learner")(learner_command.command)
 
 if __name__ == "__main__":
     app()

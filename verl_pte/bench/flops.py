@@ -19,6 +19,7 @@ Left out: which methods and lengths, and how it is shown (flops_command.py).
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,7 @@ def parameter_count(config: Any) -> int:
 def rollout(config: Any, method: PTEConfig, prompt_length: int, response_length: int) -> Flops:
     """Prefill, and a decode step for every response token but the last, which is sampled and not run."""
     schedule, chunk_tokens = method.schedule(), method.chunk_tokens
-    models = [attach(_base(config, n), method).eval() for n in _LAYERS]
+    models = [_attached(config, n, method).eval() for n in _LAYERS]
 
     def decode(thoughts: int, windowed: Schedule | None = None, evicts: bool = False) -> int:
         return _all_layers(
@@ -90,7 +91,7 @@ def rollout(config: Any, method: PTEConfig, prompt_length: int, response_length:
 
 def replay(config: Any, method: PTEConfig, prompt_length: int, response_length: int) -> tuple[Flops, Flops]:
     """The learner's two passes: without gradients, and with (recomputation and backward)."""
-    models = [attach(_base(config, n), method).train() for n in _LAYERS]
+    models = [_attached(config, n, method).train() for n in _LAYERS]
     schedule, chunk_tokens = method.schedule(), method.chunk_tokens
     prompts, responses = [torch.zeros(prompt_length, dtype=torch.long)], [torch.zeros(response_length).long()]
     by_layers = [_CountedReplay.run(model, prompts, responses, schedule, chunk_tokens) for model in models]
@@ -137,7 +138,7 @@ def _flops(run: Callable[[], Any]) -> int:
 
 
 def _all_layers(config: Any, models: list[nn.Module], run: Callable[[nn.Module], Any]) -> int:
-    return _extended(config, [_flops(lambda model=model: run(model)) for model in models])
+    return _extended(config, [_flops(functools.partial(run, model)) for model in models])
 
 
 def _extended(config: Any, by_layers: list[int]) -> int:
@@ -159,6 +160,11 @@ def _base(config: Any, layers: int) -> Any:
     config.max_position_embeddings = 2**30  # lengths beyond the model's positions cost the same
     with META:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+
+
+def _attached(config: Any, layers: int, method: PTEConfig) -> Any:
+    # A copy: PEFT writes the names of the linears it found into its config, here those of another number of layers.
+    return attach(_base(config, layers), copy.deepcopy(method))
 
 
 def _lora(config: Any, layers: int, rank: int, checkpointing: bool) -> Any:

@@ -34,7 +34,7 @@ NOTES = (
     "both passes of the replay, the recomputation of the second included. `recomputed` is the full cache with "
     "gradient checkpointing, verl's default, whose recomputation is then counted too.",
     "FlopCounterMode counts matrix products and attention, two operations for each multiply and add. Not counted: "
-    "embedding look-ups, norms, RoPE, softmax, activations, log-probs, sampling, the optimizer, copies.",
+    "embedding look-ups, norms, rotations, softmax, activations, log-probs, sampling, the optimizer, copies.",
     "Attention: `visible` leaves out (query, key) pairs behind the mask, as kernels do that skip them; `counted` is "
     "FlopCounterMode's own figure, which has every pair of each product. Decode steps attend to what is visible; the "
     "native engine computes over all slots of its fixed rows.",

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,13 +34,15 @@ LOG_TAIL = 15  # lines of its log a failure shows
 
 
 class Worker:
-    """A method's process, which starts at once; `ready` waits for it."""
+    """A method's process, which starts at once; `ready` waits for it. It runs the module `program`."""
 
-    def __init__(self, settings: Settings, method: str, models: Path, log: Path) -> None:
+    def __init__(
+        self, settings: Settings, method: str, models: Path, log: Path, program: str = "verl_pte.bench.worker"
+    ) -> None:
         self.settings, self.method, self.log = settings, method, log
         with log.open("w") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "verl_pte.bench.worker"],
+                [sys.executable, "-m", program],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -143,7 +146,12 @@ def serve(answers: TextIO) -> None:
         print(json.dumps(sample), file=answers, flush=True)
 
 
-if __name__ == "__main__":
+def run(serve: Callable[[TextIO], None]) -> None:
+    """A worker program's main: answers go to its stdout, what else is printed to its stderr."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(channel)
+
+
+if __name__ == "__main__":
+    run(serve)

@@ -1,0 +1,128 @@
+"""The learner benchmark's real command, tiny: what it measures is what it says. Nothing here depends on times."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from verl_pte.bench import __main__ as command_line
+from verl_pte.bench import step_memory
+from verl_pte.bench.learner_report import PAIRS
+from verl_pte.bench.learner_settings import LearnerSettings
+from verl_pte.bench.settings import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = dict(
+    lengths=(64, 160), window=32, prompt_length=20, rank=4, hidden_size=64, layers=2, repeats=1, chunk_tokens=32
+)
+
+
+def run(output: Path, *more: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON printed last, and the file."""
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in TINY.items() if key != "lengths"]
+    command = [sys.executable, "-m", "verl_pte.bench", "learner", "--json", "--lengths", "64,160", *options, *more]
+    environment = os.environ | {"MPLCONFIGDIR": str(output / "matplotlib")}
+    done = subprocess.run(
+        [*command, "--output", str(output)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), json.loads((output / "learner.json").read_text())
+
+
+@pytest.fixture(scope="module", params=["peft", "verl"])
+def result(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run with each baseline."""
+    output = tmp_path_factory.mktemp("bench")
+    return (request.param, *run(output, "--baseline", request.param), output)
+
+
+def test_methods_side_by_side(result: Any) -> None:
+    baseline, printed, content, output = result
+    settings = LearnerSettings(**TINY, baseline=baseline)
+    turns = [(s["length"], s["repeat"], s["method"]) for s in content["samples"]]
+    assert turns == [(n, 0, m) for n in settings.lengths for m in METHODS]
+    schedule = settings.method("pte").schedule()
+    for sample in content["samples"]:
+        assert sample["tokens"] == sample["length"]
+        assert sample["seconds"] > 0 and sample["peak_bytes"] >= sample["rise_bytes"] > 0
+        if sample["method"] != "full":
+            run_tokens = settings.prompt_length + sample["length"] - 1
+            assert sample["evictions"] == schedule.num_evictions(settings.prompt_length, run_tokens)
+            assert sample["calls"] == len(schedule.chunks(settings.prompt_length, run_tokens, settings.chunk_tokens))
+            # float32 keys and values of every token run: 2 layers, 1 kv head of 64
+            assert sample["store_bytes"] == 2 * settings.layers * run_tokens * 64 * 4
+    assert ("verl's FSDPEngineWithLMHead" in printed["baseline"]) == (baseline == "verl")
+    assert "with gradient checkpointing" in printed["baseline"]
+    assert (output / "learner.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ratios_are_those_of_the_samples(result: Any) -> None:
+    _, printed, content, _ = result
+    samples = {(s["length"], s["method"]): s for s in content["samples"]}
+    assert printed["ratios"] == content["ratios"] and printed["summary"] == content["summary"]
+    for row in printed["ratios"]:
+        for mine, other in PAIRS:
+            for name, key in (("time", "seconds"), ("memory", "rise_bytes"), ("peak", "peak_bytes")):
+                a, b = (samples[row["length"], method][key] for method in (mine, other))
+                assert row[f"{mine}/{other}"][name] == [a / b] * 3
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_baselines_and_replay_compute_the_same(checkpointing: bool, tmp_path: Path) -> None:
+    """One loss: in a window that nothing leaves, with `lora_B` zero, all steps are the base model's."""
+    from verl_pte.bench.learner_steps import PeftStep, ReplayStep, make_batch
+    from verl_pte.bench.models import make_models
+
+    settings = LearnerSettings(**TINY | {"window": 256}, checkpointing=checkpointing)
+    make_models(settings, tmp_path)
+    batch = make_batch(settings, 8192, 64)
+    losses = []
+    for step in (PeftStep(settings, tmp_path), ReplayStep(settings, "lora_c", tmp_path)):
+        for name, parameter in step.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.zeros_(parameter)
+        step.prepare(batch)
+        losses.append(step.run()["loss"])
+        gradients = [p.grad for n, p in step.model.named_parameters() if "lora_B" in n]
+        assert all(g is not None and g.abs().sum() > 0 for g in gradients)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_memory_of_a_step_is_seen(watched: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also once it has been freed again, and by the thread where the peak cannot be started anew."""
+    if watched:
+        monkeypatch.setattr(step_memory, "_CLEAR", tmp_path / "no such folder" / "clear_refs")
+    size = 64 * 2**20
+    for _ in range(2):  # a second step does not inherit the first one's peak
+        with step_memory.measured(torch.device("cpu")) as found:
+            for _ in range(20):  # long enough for the thread to look
+                torch.ones(size // 4)
+        assert 0.9 * size < found.rise < 1.5 * size
+        assert ("VmRSS" in found.how) == watched
+    with step_memory.measured(torch.device("cpu")) as nothing:
+        pass
+    assert nothing.rise < 0.1 * size
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        (["--baseline", "lora"], "--baseline lora: must be one of auto, verl, peft"),
+        (["--lengths", "64,0"], "--lengths 64,0: must be positive"),
+        (["--lengths", "64;128"], "numbers with commas between"),
+        (["--window", "250"], "window=250: must be a multiple of block_size=16"),
+        (["--chunk-tokens", "0"], "--chunk-tokens 0: must be at least 1"),
+        (["--model", "qwen3"], "--model qwen3: there is none"),
+    ],
+)
+def test_wrong_options_are_named(arguments: list[str], complaint: str) -> None:
+    result = CliRunner().invoke(command_line.app, ["learner", *arguments])
+    assert result.exit_code == 2
+    assert complaint in result.stderr
