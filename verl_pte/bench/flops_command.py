@@ -178,34 +178,26 @@ def table(settings: FlopsSettings, content: dict[str, Any]) -> Group:
     lines = Table(
         title=f"{settings.model} ({content['parameters'] / 1e9:.2f}B): TFLOPs of one sequence, prompt "
         f"{settings.prompt_length}, W={settings.window}, rank {settings.rank}",
+        caption="Ratios are of totals; `counted` is that of FlopCounterMode's own figures to the full cache's.",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,
     )
-    for name in ("response", "method", *PARTS, "/ full", "(rollout", "learner)", "counted"):
+    for name in ("tokens", "method", *PARTS, "/ full", "/ recomputed", "counted"):
         lines.add_column(name, justify="left" if name == "method" else "right")
     for row in content["lengths"]:
         full = row["flops"]["full"]
-        for name, title in METHODS.items():
-            parts, ratios = row["flops"][name], row["ratios"].get(name)
+        recomputed = {"rollout": full["rollout"]} | {part: full[f"{part}_recomputed"] for part in PARTS[1:]}
+        shown = {title: row["flops"][name] for name, title in METHODS.items()} | {"recomputed": recomputed}
+        for title, parts in shown.items():
             lines.add_row(
                 str(row["response_length"]),
                 title,
                 *(f"{parts[part]['visible'] / 1e12:.1f}" for part in PARTS),
-                *(["1", "1", "1"] if ratios is None else [f"{ratios[part]:.3f}" for part in ("total", *PARTS[:2])]),
-                "1" if ratios is None else f"{parts['total']['counted'] / full['total']['counted']:.3f}",
+                *(f"{parts['total']['visible'] / other['total']['visible']:.3f}" for other in (full, recomputed)),
+                f"{parts['total']['counted'] / full['total']['counted']:.3f}",
+                end_section=parts is recomputed,
             )
-        lines.add_row(
-            "",
-            "recomputed",
-            "",
-            *(f"{full[part]['visible'] / 1e12:.1f}" for part in ("learner_recomputed", "total_recomputed")),
-            f"{full['total_recomputed']['visible'] / full['total']['visible']:.3f}",
-            "",
-            f"{full['learner_recomputed']['visible'] / full['learner']['visible']:.3f}",
-            f"{full['total_recomputed']['counted'] / full['total']['counted']:.3f}",
-            end_section=True,
-        )
     published = content["paper"]["pte/full"]
     paper = f"Paper, PTE / LoRA: {PAPER_RANGE[0]} to {PAPER_RANGE[1]}" + (
         "." if published is None else f"; for this model {published:.2f}."
