@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from verl_pte.bench.learning.command import learning_command
 from verl_pte.bench import equal_memory, flops_command, learner_command, machine, report, rollout
 from verl_pte.bench.command import (
     draw_if_possible,
@@ -24,6 +23,7 @@ from verl_pte.bench.command import (
 )
 from verl_pte.bench.configs import NAMED
 from verl_pte.bench.decode_command import decode_command
+from verl_pte.bench.learning.command import learning_command
 from verl_pte.bench.settings import DEVICES, DTYPES, ENGINES, QUICK, Settings, default_engine
 from verl_pte.vllm.version import require_version
 
