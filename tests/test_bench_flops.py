@@ -24,7 +24,7 @@ SIZES = dict(
     tie_word_embeddings=True,
 )
 LINEARS = [(HIDDEN, HIDDEN), (HIDDEN, 16), (HIDDEN, 16), (HIDDEN, HIDDEN), (HIDDEN, MLP), (HIDDEN, MLP), (MLP, HIDDEN)]
-PROMPT, RESPONSE, WINDOW = 16, 100, 32
+PROMPT, RESPONSE, WINDOW, GLOBAL = 16, 100, 32, 3
 
 
 def config(layers: int = 1) -> Any:
@@ -34,7 +34,7 @@ def config(layers: int = 1) -> Any:
 
 def method(**knobs: Any) -> PTEConfig:
     """PTE under a small window, or what `knobs` make of it."""
-    settings = dict(rank=RANK, alpha=4.0, window=WINDOW, num_global_tokens=3, evict_fraction=0.5, chunk_tokens=16)
+    settings = dict(rank=RANK, alpha=4.0, window=WINDOW, num_global_tokens=GLOBAL, evict_fraction=0.5, chunk_tokens=16)
     return PTEConfig(**settings | knobs)
 
 
@@ -64,19 +64,24 @@ def test_full_cache_rollout_equals_a_count_by_hand(layers: int) -> None:
     assert found.counted > found.visible  # the prompt's masked pairs
 
 
+QUERIES = 2 * RANK * RANK * KV_HEADS * HEAD_DIM  # the global queries' projection
+
+
+def encode(tokens: int) -> int:
+    """Keys and values projected, scores, weighted values; the queries are there."""
+    return 2 * 2 * tokens * KV_HEADS * HEAD_DIM * RANK + 2 * 2 * RANK * RANK * tokens
+
+
+def num_evictions() -> int:
+    return method().schedule().num_evictions(PROMPT, PROMPT + RESPONSE - 1)
+
+
 def test_update_of_the_state_equals_a_count_by_hand() -> None:
+    """The engine has queries and initial states from its weights: they cost a sequence nothing."""
     pte, lora_c = (flops.rollout(config(), method(**knobs), PROMPT, RESPONSE) for knobs in ({}, LORA_C))
-    schedule = method().schedule()
-    evictions = schedule.num_evictions(PROMPT, PROMPT + RESPONSE - 1)
-    assert evictions > 2
-    kv_dim = KV_HEADS * HEAD_DIM
-
-    def encode(tokens: int) -> int:
-        """Keys and values projected, global queries, scores, weighted values."""
-        return 2 * 2 * tokens * kv_dim * RANK + 2 * RANK * RANK * kv_dim + 2 * 2 * RANK * RANK * tokens
-
+    assert num_evictions() > 2
     states = (PROMPT + RESPONSE - 1) * len(LINEARS) * 2 * RANK * RANK
-    assert pte.visible - lora_c.visible == states + encode(3) + evictions * encode(schedule.chunk)
+    assert pte.visible - lora_c.visible == states + num_evictions() * encode(method().schedule().chunk)
 
 
 def test_full_cache_step_equals_a_count_by_hand() -> None:
@@ -94,13 +99,16 @@ def test_full_cache_step_equals_a_count_by_hand() -> None:
 
 @pytest.mark.parametrize("knobs", [{}, LORA_C], ids=["pte", "lora_c"])
 def test_replay_and_rollout_do_the_same_work(knobs: dict[str, Any]) -> None:
-    """The first pass runs what the rollout ran: two engines, one count, up to the output layer.
+    """The first pass runs what the rollout ran: two engines, one count, but for the encoder's own weights.
 
-    Both run it on the last token of every chunk of the prompt (one here), and on every token that predicts another.
+    The output layer runs on the last token of every chunk of the prompt (one here), and on every token that predicts
+    another. The learner projects the global queries and makes the initial state anew, since they are being trained.
     """
+    layers, encodings = 2, 0 if knobs else 1 + num_evictions()
+    encoders = layers * (encodings * QUERIES + (0 if knobs else encode(GLOBAL)))
     rolled = flops.rollout(config(2), method(**knobs), PROMPT, RESPONSE)
     first, second = flops.replay(config(2), method(**knobs), PROMPT, RESPONSE)
-    assert first.visible == rolled.visible
+    assert first.visible == rolled.visible + encoders
     assert second.visible > 2 * first.visible
     assert first.counted > first.visible and second.counted > second.visible
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from verl_pte.bench.models import base_config
 from verl_pte.bench.settings import METHODS, Settings
-from verl_pte.bench.worker import Worker
+from verl_pte.bench.worker import RolloutWorker
 from verl_pte.core.cache import BoundedCache
 from verl_pte.peft import head_dim
 
@@ -78,7 +78,7 @@ def measure(
     """
     rows, done = [], 0
     for length in settings.lengths:
-        workers: dict[str, Worker] = {}
+        workers: dict[str, RolloutWorker] = {}
         samples: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
         try:
             for method in METHODS:
@@ -86,7 +86,7 @@ def measure(
                 if fitting:
                     progress(f"starting {METHODS[method].title} with {fitting} sequences", done)
                     own = replace(settings, num_seqs=fitting, lengths=(length,))
-                    workers[method] = Worker(own, method, models, output / f"worker-{method}-{length}.log")
+                    workers[method] = RolloutWorker(own, method, models, output / f"worker-{method}-{length}.log")
                     workers[method].ready()
                     done = 0
             for repeat in range(settings.repeats + 1):

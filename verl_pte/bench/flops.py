@@ -19,7 +19,6 @@ Left out: which methods and lengths, and how it is shown (flops_command.py).
 
 import copy
 import dataclasses
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from verl_pte.config import PTEConfig
 from verl_pte.core.cache import BoundedCache
-from verl_pte.core.schedule import Chunk, Schedule
+from verl_pte.core.schedule import Schedule
 from verl_pte.engine.forward import Forward
 from verl_pte.learner import Replay
 from verl_pte.learner.plan import Call, ReplayPlan
@@ -63,17 +62,15 @@ def rollout(config: Any, method: PTEConfig, prompt_length: int, response_length:
     schedule, chunk_tokens = method.schedule(), method.chunk_tokens
     models = [_attached(config, n, method).eval() for n in _LAYERS]
 
-    def decode(thoughts: int, windowed: Schedule | None = None, evicts: bool = False) -> int:
-        return _all_layers(
-            config, models, lambda model: _decode(model, _cache(model, method, 1, thoughts, windowed), evicts)
-        )
+    def decode(thoughts: int) -> int:
+        return _all_layers(config, models, lambda model: _decode(model, _cache(model, method, 1, thoughts)))
 
     keys, at = [_cache(models[0], method, 1, n).num_slots for n in _THOUGHTS], [decode(n) for n in _THOUGHTS]
     per_key, rest = divmod(at[1] - at[0], keys[1] - keys[0])
     assert rest == 0 and at[2] - at[1] == per_key * (keys[2] - keys[1]), f"not affine in the keys: {at}"
     fixed, update = at[0] - per_key * keys[0], 0
     if schedule.window is not None:
-        update = decode(1, schedule, evicts=True) - decode(1, schedule)
+        update = _all_layers(config, models, lambda model: _eviction(model, _cache(model, method, 1, 1, schedule)))
 
     steps, seen, evictions = 0, 0, 0
     for position in range(prompt_length, prompt_length + response_length - 1):
@@ -117,7 +114,7 @@ def full_cache_step(config: Any, rank: int, length: int, *, checkpointing: bool)
     models = [_lora(config, n, rank, checkpointing) for n in _LAYERS]
 
     def step(length: int) -> int:
-        return _all_layers(config, models, lambda model: _forward_backward(model, length))
+        return _all_layers(config, models, lambda model: lambda: _forward_backward(model, length))
 
     # A quadratic through zero, whose square term is attention's pairs.
     first, second, third = (step(n * _SIDE) for n in (1, 2, 3))
@@ -137,8 +134,9 @@ def _flops(run: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def _all_layers(config: Any, models: list[nn.Module], run: Callable[[nn.Module], Any]) -> int:
-    return _extended(config, [_flops(functools.partial(run, model)) for model in models])
+def _all_layers(config: Any, models: list[nn.Module], prepare: Callable[[nn.Module], Callable[[], Any]]) -> int:
+    """Of what `prepare` returns, made for each model; preparing is not counted."""
+    return _extended(config, [_flops(prepare(model)) for model in models])
 
 
 def _extended(config: Any, by_layers: list[int]) -> int:
@@ -202,24 +200,42 @@ def _cache(
         head_dim=head_dim(config),
         rank=method.rank,
         dtype=torch.bfloat16,
+        adapter_dtype=torch.float32,  # what PEFT gives it
         device=META,
     )
 
 
-def _prefill(model: Any, method: PTEConfig, prompt_length: int, chunk_tokens: int) -> None:
+def _prefill(model: Any, method: PTEConfig, prompt_length: int, chunk_tokens: int) -> Callable[[], None]:
     cache = _cache(model, method, prompt_length, 1)
     forward = Forward(model, cache, cuda_graph=False, compile=False)
-    for chunk in cache.schedule.chunks(prompt_length, prompt_length, chunk_tokens):
-        tokens = torch.zeros(1, chunk.end - chunk.start, dtype=torch.long, device=META)
-        forward.prefill(tokens, cache.plan([0], [chunk], [prompt_length]))
+
+    def run() -> None:
+        for chunk in cache.schedule.chunks(prompt_length, prompt_length, chunk_tokens):
+            tokens = torch.zeros(1, chunk.end - chunk.start, dtype=torch.long, device=META)
+            step = cache.plan([0], [chunk], [prompt_length])
+            # The engine copies an initial state that it made when it got its weights: nothing to count, and no way to
+            # choose rows on the meta device.
+            forward.prefill(tokens, dataclasses.replace(step, fresh=None))
+
+    return run
 
 
-def _decode(model: Any, cache: BoundedCache, evicts: bool = False) -> None:
-    """A step over all slots of a cache, before which the oldest chunk leaves if it `evicts`."""
+def _decode(model: Any, cache: BoundedCache) -> Callable[[], Any]:
+    """A step over all slots of a cache."""
+    forward = Forward(model, cache, cuda_graph=False, compile=False)
+    return lambda: forward.decode(torch.zeros(2, 1, dtype=torch.long, device=META))
+
+
+def _eviction(model: Any, cache: BoundedCache) -> Callable[[], None]:
+    """The oldest chunk leaves, and the states take it in."""
+    Forward(model, cache, cuda_graph=False, compile=False)  # gives the cache its encoders
     first = cache.schedule.pinned(1)
-    evicted = (first, first + cache.schedule.chunk) if evicts else None
-    step = cache.plan(None, [Chunk(1, 2, 0, evicted)], [1], decode=True)
-    Forward(model, cache, cuda_graph=False, compile=False).decode(torch.zeros(1, 1, device=META).long(), step)
+
+    def run() -> None:
+        with torch.no_grad():
+            cache.evict([0], [(first, first + cache.schedule.chunk)])
+
+    return run
 
 
 class _CountedReplay(Replay):

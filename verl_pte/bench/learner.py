@@ -56,7 +56,7 @@ def measure(settings: LearnerSettings, output: Path, progress: Callable[[str, in
         finally:
             for worker in workers.values():
                 worker.close()
-    return Measured(samples, said)
+    return Measured(samples, said, None)
 
 
 def _check(settings: LearnerSettings, method: str, sample: dict[str, Any]) -> None:

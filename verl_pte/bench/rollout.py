@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from verl_pte.bench import equal_memory
 from verl_pte.bench.models import make_models
 from verl_pte.bench.settings import METHODS, Settings
-from verl_pte.bench.worker import Worker
+from verl_pte.bench.worker import RolloutWorker
 
 
 class Measured(NamedTuple):
@@ -36,7 +36,7 @@ def measure(settings: Settings, output: Path, progress: Callable[[str, int], Non
     or the engine did not do what was asked of it.
     """
     samples: list[dict[str, Any]] = []
-    workers: dict[str, Worker] = {}
+    workers: dict[str, RolloutWorker] = {}
     said = {}
     with tempfile.TemporaryDirectory(prefix="verl_pte_bench_") as folder:
         models = Path(folder)
@@ -45,7 +45,7 @@ def measure(settings: Settings, output: Path, progress: Callable[[str, int], Non
         try:
             for method, (title, _) in METHODS.items():  # one by one: on a GPU each looks at the memory that is free
                 progress(f"starting {title}", 0)
-                workers[method] = Worker(settings, method, models, output / f"worker-{method}.log")
+                workers[method] = RolloutWorker(settings, method, models, output / f"worker-{method}.log")
                 said[method] = workers[method].ready()
             done, longest = 0, max(settings.lengths)
             for method, worker in workers.items():

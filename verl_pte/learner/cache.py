@@ -74,4 +74,6 @@ class CallCache(ThoughtCache):
         evicting_B = self.call.evicting_B
         assert evicting_B is not None
         self.state_norms.append(torch.where(evicting_B, norms_B, 0.0))
-        self.update_ratios.append(torch.where(evicting_B, raw_norms_B / norms_B.clamp_min(1e-12), 0.0))
+        # Without global tokens the first update meets a zero state: no ratio.
+        begun_B = evicting_B & (norms_B > 0)
+        self.update_ratios.append(torch.where(begun_B, raw_norms_B / norms_B.clamp_min(1e-12), 0.0))

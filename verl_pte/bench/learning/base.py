@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from verl_pte.bench.learning.tasks import EOS, Task
 
-GOOD = 0.999  # teacher-forced share of right answers and chain tokens that ends training, twenty batches running
+GOOD = 0.999  # teacher-forced share of right answers and chain tokens that ends training, forty batches running
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _train(model: PreTrainedModel, task: Task, settings: BaseSettings, progress:
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * warm * (0.05 + 0.95 * cosine)
         # All examples of a batch are of one length: nothing to pad.
-        high = settings.longest if settings.longest is not None and step % 4 == 3 else settings.works[1]
+        high = settings.longest if settings.longest is not None and step % 2 else settings.works[1]
         work = int(torch.randint(settings.works[0], high + 1, (1,), generator=generator))
         examples = task.examples([work] * settings.batch, generator)
         tokens_BL = torch.tensor([e.prompt + e.thought for e in examples])
@@ -112,7 +112,7 @@ def _train(model: PreTrainedModel, task: Task, settings: BaseSettings, progress:
         answer, chain = right_BT[:, start + 1 : -1 : 2].float().mean().item(), right_BT[:, :start].float().mean().item()
         good = good + 1 if min(answer, chain) > GOOD else 0
         progress(f"base: answer {answer:.2f}, chain {chain:.2f}", 1)
-        if good == 20:
+        if good == 40:
             return
     if min(answer, chain) < 0.9:
         raise RuntimeError(

@@ -144,8 +144,11 @@ def _train(cell: Cell, folder: Path, tell: Any) -> dict[str, Any]:
         model.save_pretrained(folder / "adapters" / cell.name)
     far = []
     for work in cell.far:
-        at = accuracy(model, task, test_examples(task, (work, work), max(64, cell.tests // 4)))
-        far.append({"work": work, "thought_length": task.thought_length(work), **at._asdict()})
+        further = test_examples(task, (work, work), max(64, cell.tests // 4))
+        with model.disable_adapter():
+            whole = accuracy(model, task, further, full)
+        at = {"work": work, "thought_length": task.thought_length(work), "full_base_answer": whole.answer}
+        far.append(at | accuracy(model, task, further)._asdict())
     return {
         "full_base": ceiling._asdict(),
         "window_base": floor._asdict(),

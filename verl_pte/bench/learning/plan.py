@@ -11,7 +11,7 @@ from verl_pte.bench.learning.cells import Cell
 from verl_pte.bench.learning.methods import METHODS, QUICK_METHODS
 from verl_pte.bench.learning.tasks import KINDS
 
-FULL_BASE = BaseSettings(longest=64, steps=4000)
+FULL_BASE = BaseSettings(longest=64, steps=5000)
 FAR = (24, 32, 40, 48, 56, 64)  # work steps of two tokens each
 NARROW = {"window": 8, "block_size": 2}  # under which FAR is up to 18 windows
 TRAINED = tuple(m for m in METHODS if m != "base")

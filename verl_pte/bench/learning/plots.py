@@ -76,6 +76,8 @@ def _over_distance(axis: Any, rows: list[dict[str, Any]], window: int) -> None:
             color=_COLORS[row["method"]],
             label=METHODS[row["method"]].title,
         )
+    ceiling = [(at["thought_length"], at["full_base_answer"]) for at in rows[0]["far"]]
+    axis.plot(*zip(*ceiling, strict=True), color="k", linestyle=":", label="base, full cache")
     axis.axhline(1 / DIGITS, color="tab:red", linestyle=":", label="chance")
     axis.axvline(window, color="k", linewidth=0.8, label="window")
     axis.set(xlim=(0, None), ylim=(0, 1.02), xlabel="thought tokens", ylabel="answer accuracy")

@@ -42,7 +42,7 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 for at in zip(*(c["history"] for c in good), strict=True)
             ]
             row["far"] = [
-                {"work": at[0]["work"], "thought_length": at[0]["thought_length"]}
+                {key: at[0][key] for key in ("work", "thought_length", "full_base_answer")}
                 | {key: interval([h[key] for h in at]) for key in ("answer", "chain")}
                 for at in zip(*(c["far"] for c in good), strict=True)
             ]
