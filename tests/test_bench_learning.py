@@ -50,7 +50,7 @@ def solve(kind, prompt):
     table = tasks._TABLE
 
     def step(d, s):
-        return (3 * s + d) % 10 if kind == "arithmetic" else table[d][s]
+        return (s + d) % 10 if kind == "arithmetic" else table[d][s]
 
     query = [t - tasks._NAME for t in prompt[1:3]]
     work = prompt[3] - tasks._COUNT

@@ -43,7 +43,7 @@ def run(
     """
     folder.mkdir(parents=True, exist_ok=True)
     base.save_pretrained(folder / "base")
-    words.tokenizer(task).save_pretrained(folder / "base")
+    words.tokenizer(task).save_pretrained(folder / "tokenizer")  # beside a Qwen2 transformers would take it for Qwen's
     steps = optimization.steps
     examples = [e for i in range(steps) for e in training.drawn(task, works, settings.prompts, seed, i)]
     words.write_prompts(examples, task.kind, folder / "train.parquet")
@@ -90,6 +90,7 @@ def _overrides(
         "reward.custom_reward_function.path": reward.__file__,
         "reward.custom_reward_function.name": "compute_score",
         "actor_rollout_ref.model.path": folder / "base",
+        "actor_rollout_ref.model.tokenizer_path": folder / "tokenizer",
         "actor_rollout_ref.model.lora_adapter_path": adapter,
         **{f"actor_rollout_ref.model.pte.{name}": value for name, value in knobs.items()},
         "actor_rollout_ref.actor.optim.lr": optimization.lr,

@@ -26,7 +26,7 @@ STRENGTHS = (0.1, 0.3, 1.0)
 
 def quick() -> list[Cell]:
     """One task, one seed, three methods."""
-    return [Cell("lookup", method, "supervised", steps=200, tests=128) for method in QUICK_METHODS]
+    return [Cell("lookup", method, "supervised", steps=350, tests=128) for method in QUICK_METHODS]
 
 
 def full(seeds: int) -> list[Cell]:

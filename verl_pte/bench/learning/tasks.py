@@ -10,7 +10,7 @@ from the one before), so a model that no longer sees a fact has lost it, unless 
 
     lookup      one state machine, s <- table[digit][s]; the answer is the value of the queried fact
     tracking    the same machine; every fact is a register, which the answer takes one step on, by a digit of its own
-    arithmetic  Horner's rule, s <- 3 s + digit mod 10; the answer carries two queried facts over and adds them, mod 10
+    arithmetic  a running sum, s <- s + digit mod 10; the answer carries two queried facts over and adds them, mod 10
 
 The distance between facts and their use is the amount of work, and with it the length of the answer. A right thought
 is unique, so chains are compared with it token by token.
@@ -146,7 +146,7 @@ class Task:
 
     def _step(self, digit: int, state: int) -> int:
         if self.kind == "arithmetic":
-            return (3 * state + digit) % DIGITS
+            return (state + digit) % DIGITS
         return _TABLE[digit][state]
 
 
