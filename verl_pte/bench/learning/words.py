@@ -18,8 +18,8 @@ DATA_SOURCE = "verl_pte/learning"
 
 
 def word(token: int) -> str:
-    """A token's word."""
-    return f"t{token}"
+    """A token's word. verl wants the one that ends a turn to have its usual name."""
+    return "<|im_end|>" if token == EOS else f"t{token}"
 
 
 def text(tokens: Sequence[int]) -> str:
