@@ -238,7 +238,7 @@ def small_cell(**settings):
 def test_cell_runs_once(folder) -> None:
     cell = small_cell(far=(24,))
     found = run(cell, folder)
-    assert [h["step"] for h in found["history"]] == [0, 1, 2] and len(found["curve"]) == 2
+    assert [h["step"] for h in found["history"]] == [0, 1, 2] and len(found["curve"]) == 1
     assert found["far"][0]["thought_length"] == Task("lookup").thought_length(24)
     path = folder / "cells" / f"{cell.name}.json"
     path.write_text(path.read_text().replace('"commit"', '"mark": 1, "commit"'))

@@ -28,6 +28,7 @@ from verl_pte.bench.learning.methods import pte_settings
 from verl_pte.bench.learning.tasks import Task
 from verl_pte.peft import attach, pte_config
 
+BLOCK = 5  # optimizer steps of an entry of a cell's curve
 WAYS = ("supervised", "distilled", "grpo", "main_ppo")  # the last is GRPO too, in verl
 
 
@@ -154,8 +155,21 @@ def _train(cell: Cell, folder: Path, tell: Any) -> dict[str, Any]:
         "window_base": floor._asdict(),
         "history": history,
         "far": far,
-        "curve": curve,
+        "curve": _by_blocks(curve),
     }
+
+
+def _by_blocks(curve: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Means over blocks of steps, and of mismatches the largest: files stay small."""
+    blocks = [curve[i : i + BLOCK] for i in range(0, len(curve), BLOCK)]
+    return [
+        {
+            key: max(values) if key == "mismatch" else sum(values) / len(values)
+            for key in block[0]
+            if (values := [step[key] for step in block if key in step])
+        }
+        for block in blocks
+    ]
 
 
 def _step(cell: Cell, model: nn.Module, task: Task) -> training.Step:

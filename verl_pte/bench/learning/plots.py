@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from verl_pte.bench.learning.cells import BLOCK
 from verl_pte.bench.learning.methods import METHODS
 from verl_pte.bench.learning.report import way
 from verl_pte.bench.learning.tasks import DIGITS
@@ -85,12 +86,10 @@ def _over_distance(axis: Any, rows: list[dict[str, Any]], window: int) -> None:
 
 
 def _reward_curves(axis: Any, rows: list[dict[str, Any]], window: int) -> None:
-    span = 10
     for row in rows:
-        rewards = row["rewards"]
-        smooth = [sum(rewards[max(0, i - span + 1) : i + 1]) / min(i + 1, span) for i in range(len(rewards))]
-        axis.plot(smooth, color=_COLORS[row["method"]], label=METHODS[row["method"]].title)
-    axis.set(ylim=(0, 1.02), xlabel="step", ylabel=f"reward, mean of {span} steps")
+        steps = [BLOCK * (i + 1) for i in range(len(row["rewards"]))]
+        axis.plot(steps, row["rewards"], color=_COLORS[row["method"]], label=METHODS[row["method"]].title)
+    axis.set(ylim=(0, 1.02), xlabel="step", ylabel=f"reward, mean of {BLOCK} steps")
     axis.legend(fontsize=7)
 
 

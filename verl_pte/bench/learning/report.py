@@ -12,6 +12,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from verl_pte.bench.learning.cells import BLOCK
 from verl_pte.bench.learning.methods import METHODS
 
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by number of seeds
@@ -48,7 +49,7 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             ]
             if "reward" in (good[0]["curve"] or [{}])[0]:
                 curves = [[step["reward"] for step in c["curve"]] for c in good]
-                row["reward"] = interval([mean(c[-20:]) for c in curves])
+                row["reward"] = interval([mean(c[-20 // BLOCK :]) for c in curves])
                 row["rewards"] = [mean(at) for at in zip(*curves, strict=True)]
                 row["mismatch_max"] = max(step.get("mismatch", 0.0) for c in good for step in c["curve"])
         rows.append(row)
