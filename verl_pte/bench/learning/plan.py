@@ -5,6 +5,7 @@ Left out: how a cell is run (cells.py).
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from verl_pte.bench.learning.base import BaseSettings
 from verl_pte.bench.learning.cells import Cell
@@ -16,8 +17,10 @@ FAR = (24, 32, 40, 48, 56, 64)  # work steps of two tokens each
 NARROW = {"window": 8, "block_size": 2}  # under which FAR is up to 18 windows
 TRAINED = tuple(m for m in METHODS if m != "base")
 WARMED = ("pte", "lora_c", "global_only", "global_0")
-GRPO_LR = 3e-4
-WARM = 150  # steps of distillation before GRPO: a start that leaves something to learn
+WARM = 250  # steps of distillation before GRPO: a start that leaves something to learn
+AFTER_WARM: dict[str, Any] = {"way": "grpo", "warm": WARM, "steps": 100, "lr": 3e-4, "kl": 0.1}
+# With a third of this rate nothing moved in 150 steps; see `_from_scratch` for what else was tried.
+FROM_SCRATCH: dict[str, Any] = {"way": "grpo", "steps": 200, "lr": 3e-3, "kl": 0.1}
 WINDOWS = (32, 48)
 FRACTIONS = (0.0625, 0.125, 0.25, 0.5)
 RANKS = (4, 8, 16, 32)
@@ -46,11 +49,25 @@ def _full(seeds: int) -> Iterator[Cell]:
                 yield Cell(task, method, "distilled", seed, steps=WARM, base=FULL_BASE)
         for task in KINDS:
             for method in WARMED:
-                yield Cell(task, method, "grpo", seed, warm=WARM, steps=100, lr=GRPO_LR, base=FULL_BASE)
+                yield Cell(task, method, seed=seed, base=FULL_BASE, **AFTER_WARM)
         for task in KINDS:
             for method in TRAINED:
-                yield Cell(task, method, "grpo", seed, steps=100, lr=GRPO_LR, base=FULL_BASE)
+                yield Cell(task, method, seed=seed, base=FULL_BASE, **FROM_SCRATCH)
+        yield from _from_scratch(seed)
+        if seed == 0:
+            for method in TRAINED:
+                yield Cell("lookup", method, seed=seed, base=FULL_BASE, **AFTER_WARM | {"way": "main_ppo", "steps": 40})
         yield from _sweeps(seed)
+
+
+def _from_scratch(seed: int) -> Iterator[Cell]:
+    """On lookup: what may make reward alone work."""
+    pte = Cell("lookup", "pte", seed=seed, base=FULL_BASE, **FROM_SCRATCH)
+    yield replace(pte, kl=0.0)
+    yield replace(pte, kl=0.3)
+    yield replace(pte, lr=1e-3)
+    yield replace(pte, lr=1e-3, encoder_lr=5.0)
+    yield replace(pte, full_reference=False)
 
 
 def _sweeps(seed: int) -> Iterator[Cell]:
