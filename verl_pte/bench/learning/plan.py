@@ -18,7 +18,7 @@ NARROW = {"window": 8, "block_size": 2}  # under which FAR is up to 18 windows
 TRAINED = tuple(m for m in METHODS if m != "base")
 WARMED = ("pte", "lora_c", "global_only", "global_0")
 WARM = 250  # steps of distillation before GRPO: a start that leaves something to learn
-AFTER_WARM: dict[str, Any] = {"way": "grpo", "warm": WARM, "steps": 100, "lr": 3e-4, "kl": 0.1}
+AFTER_WARM: dict[str, Any] = {"way": "grpo", "warm": WARM, "steps": 100, "lr": 1e-3, "kl": 0.1}
 # With a third of this rate nothing moved in 150 steps; see `_from_scratch` for what else was tried.
 FROM_SCRATCH: dict[str, Any] = {"way": "grpo", "steps": 200, "lr": 3e-3, "kl": 0.1}
 WINDOWS = (32, 48)
