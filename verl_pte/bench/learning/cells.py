@@ -24,7 +24,7 @@ from verl_pte.bench import machine
 from verl_pte.bench.learning import main_ppo, training
 from verl_pte.bench.learning.base import BaseSettings, trained_base
 from verl_pte.bench.learning.evaluate import accuracy, test_examples
-from verl_pte.bench.learning.methods import pte_settings
+from verl_pte.bench.learning.methods import METHODS, pte_settings
 from verl_pte.bench.learning.tasks import Task
 from verl_pte.peft import attach, pte_config
 
@@ -66,6 +66,9 @@ class Cell:
     tests: int = 256
     knobs: dict[str, Any] = field(default_factory=dict)
     base: BaseSettings = BaseSettings()
+
+    def __post_init__(self) -> None:
+        assert self.way in WAYS and self.method in METHODS, (self.way, self.method)
 
     @property
     def name(self) -> str:

@@ -88,11 +88,6 @@ class Task:
         pairs = {"lookup": 1, "tracking": self.num_facts, "arithmetic": 3}[self.kind]
         return self.lead + 2 * self.num_facts + 2 * work + 1 + 2 * pairs + 1
 
-    @property
-    def chance(self) -> float:
-        """Answer score of guessing."""
-        return 1 / DIGITS
-
     def examples(self, works: Sequence[int], generator: torch.Generator) -> list[Example]:
         """One for each number of work steps."""
         return [self._example(work, generator) for work in works]
