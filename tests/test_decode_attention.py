@@ -6,6 +6,7 @@ from tiny import random_tokens, tiny_model, tiny_pte
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from verl_pte import RolloutEngine, SamplingParams
+from verl_pte.core.attention import selected
 from verl_pte.engine import attention
 
 
@@ -47,7 +48,7 @@ def test_decode_steps_alone_take_it(attn, monkeypatch):
 
 def test_selection_ends_with_an_error():
     config = tiny_model("qwen2").config
-    with pytest.raises(KeyError), attention.selected(config):
+    with pytest.raises(KeyError), selected(config, attention.REPLACES):
         assert config._attn_implementation == attention.NAME
         raise KeyError
     assert config._attn_implementation == "sdpa"

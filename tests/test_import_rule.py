@@ -43,9 +43,10 @@ MAY_IMPORT = {
     "patches": {"patches"},  # patches of verl: the bottom layer, the plugin hands them what they call
     "": set(),  # verl_pte/__init__.py names its public parts as strings and loads them on use
 }
-OPTIONAL = {"verl", "ray", "vllm", "megatron", "tensordict", "hydra", "omegaconf", "transfer_queue"}
+OPTIONAL = {"verl", "ray", "vllm", "megatron", "flash_attn", "tensordict", "hydra", "omegaconf", "transfer_queue"}
 # Of those, what each part may import; a part that is not named here may import none.
 MAY_IMPORT_OPTIONAL = {
+    "core": {"flash_attn"},  # where it is used: the first call of a model that has it
     "vllm": {"vllm"},
     "bench": {"vllm"},
     "bench.verl_baseline": {"verl", "tensordict"},  # loaded where verl is, for what is measured beside ours

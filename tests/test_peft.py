@@ -16,6 +16,12 @@ from verl_pte import PTEConfig, attach, replay_log_probs
 SMALL = dict(rank=4, window=8, block_size=4, num_global_tokens=3)
 
 
+def with_attention(name):
+    model = tiny_model("qwen2")
+    model.config._attn_implementation = name
+    return model
+
+
 def log_probs(model):
     return torch.cat(replay_log_probs(model, random_tokens(9, 4), random_tokens(30, 21, seed=1)))
 
@@ -145,7 +151,7 @@ def test_half_precision_base_keeps_a_float32_adapter():
             ),
             "rope_type='dynamic'",
         ),
-        (lambda: attach(tiny_model("qwen2", attn="flex_attention"), PTEConfig(**SMALL)), "flex_attention.*sdpa"),
+        (lambda: attach(with_attention("paged|eager"), PTEConfig(**SMALL)), "paged.eager.: must be one of sdpa, eager"),
     ],
 )
 def test_models_it_cannot_serve_are_refused(build, says):

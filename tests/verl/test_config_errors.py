@@ -83,7 +83,11 @@ FSDP = "actor_rollout_ref.actor.fsdp_config"
         ([f"{MODEL}.lora.merge=true"], r"model\.lora\.merge=True: must be False"),
         (
             [f"+{MODEL}.override_config.attn_implementation=flash_attention_2"],
-            r"attn_implementation='flash_attention_2': must be one of sdpa, eager",
+            r"attn_implementation=flash_attention_2: must be sdpa or eager with trainer\.device=cpu",
+        ),
+        (
+            [f"+{MODEL}.override_config.attn_implementation=flash_attention_3"],
+            r"attn_implementation='flash_attention_3': must be one of sdpa, eager, flex_attention, flash_attention_2",
         ),
         (["trainer.use_v1=false"], r"trainer\.use_v1=False: must be True, .*one seed"),
         (

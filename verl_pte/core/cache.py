@@ -47,16 +47,6 @@ from verl_pte.core.schedule import Chunk, Schedule
 _EVICT_ROWS = 8
 
 
-def attention_mask(visible: Tensor, attn_implementation: str, dtype: torch.dtype) -> Tensor:
-    """A bool mask (True = seen) as transformers' attention wants it: unchanged for sdpa, additive for eager.
-
-    Eager attention adds whatever it gets; a bool mask there is silently wrong.
-    """
-    if attn_implementation != "eager":
-        return visible
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
-
-
 class ThoughtCache(Cache):
     """A cache that also answers: which thought state do this layer's tokens see now?"""
 

@@ -2,19 +2,19 @@
 
 transformers' sdpa path repeats keys and values for every query head when there is a mask, a copy of the whole cache a
 layer and step. With one query a head, the heads of a group can be the queries of one head: the same sums, no copy.
-Registered with transformers under NAME; the engine selects it for its decode steps where the model has "sdpa".
+Registered with transformers under NAME; the engine selects it for its decode steps, but where the model has eager
+attention. flash-attn is no better there: a row's slots have gaps, and shapes must not change from step to step.
 
 Shape suffixes: B rows, H heads, K kv heads, G heads a kv head, S slots, D head_dim.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 NAME = "pte_decode"
+REPLACES = {"sdpa": NAME, "flex_attention": NAME, "flash_attention_2": NAME}
 
 
 def decode_attention(
@@ -32,18 +32,6 @@ def decode_attention(
         query_BKGD, key_BKSD, value_BKSD, attn_mask=attention_mask, scale=scaling
     )
     return out_BKGD.flatten(1, 2)[:, None], None
-
-
-@contextlib.contextmanager
-def selected(config: Any) -> Iterator[None]:
-    """For the time of a decode step, the model with this config has the attention above, unless it has eager's."""
-    before = config._attn_implementation
-    if before == "sdpa":
-        config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 AttentionInterface.register(NAME, decode_attention)

@@ -14,7 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from verl_pte.core.cache import BoundedCache, Step, attention_mask
+from verl_pte.core import flash
+from verl_pte.core.attention import attention_inputs, selected
+from verl_pte.core.cache import BoundedCache, Step
 from verl_pte.core.encoder_stack import EncoderStack
 from verl_pte.engine import attention
 from verl_pte.peft import refresh_shared_inputs, thought_encoders
@@ -49,7 +51,8 @@ class Forward:
     def prefill(self, tokens_BN: Tensor, step: Step) -> Tensor:
         """Run a chunk of prompts; returns the logits after each row's last token [B, V]."""
         last_B = step.valid.sum(1).clamp_min(1) - 1
-        hidden = self._hidden(tokens_BN, self.cache.begin(step))
+        with selected(self.decoder.config, flash.REPLACES):
+            hidden = self._hidden(tokens_BN, self.cache.begin(step))
         return self.lm_head(hidden[torch.arange(len(last_B), device=last_B.device), last_B])
 
     @torch.no_grad()
@@ -61,7 +64,7 @@ class Forward:
         return (self.graph or self._run)(tokens_and_positions_2B)
 
     def _run(self, tokens_and_positions_2B: Tensor) -> Tensor:
-        with attention.selected(self.decoder.config):
+        with selected(self.decoder.config, attention.REPLACES):
             return (self._compiled or self._decode_eagerly)(tokens_and_positions_2B)
 
     def _decode_eagerly(self, tokens_and_positions_2B: Tensor) -> Tensor:
@@ -69,13 +72,13 @@ class Forward:
         return self.lm_head(self._hidden(token_B[:, None], self.cache.begin_decode(position_B))[:, 0])
 
     def _hidden(self, tokens_BN: Tensor, visible: Tensor) -> Tensor:
-        decoder = self.decoder
+        decoder, step = self.decoder, self.cache.step
         return decoder(
             input_ids=tokens_BN,
-            attention_mask=attention_mask(visible, decoder.config._attn_implementation, decoder.dtype),
-            position_ids=self.cache.step.positions,
+            position_ids=step.positions,
             past_key_values=self.cache,
             use_cache=True,
+            **attention_inputs(visible, step.valid, decoder.config, decoder.dtype),
         ).last_hidden_state
 
 

@@ -30,7 +30,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from verl_pte.core.cache import attention_mask
+from verl_pte.core import flash
+from verl_pte.core.attention import attention_inputs, selected
 from verl_pte.core.schedule import Schedule
 from verl_pte.learner.cache import CallCache
 from verl_pte.learner.plan import Call, ReplayPlan
@@ -278,20 +279,20 @@ class Replay:
     def _run(self, call: Call, cache: CallCache) -> Scores:
         """The model on one call."""
         dtype = next(self.model.parameters()).dtype
-        mask = attention_mask(call.mask(), self.model.config._attn_implementation, dtype)
         columns: Any = torch.tensor(call.columns, device=self.device) if call.columns else 1
         hidden: list[Tensor] = []
         head = self.model.get_output_embeddings()
         handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
         try:
-            logits = self.model(
-                input_ids=call.tokens_BN,
-                attention_mask=mask,
-                position_ids=call.positions_BN,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=columns,
-            ).logits
+            with selected(self.model.config, flash.REPLACES):
+                logits = self.model(
+                    input_ids=call.tokens_BN,
+                    position_ids=call.positions_BN,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=columns,
+                    **attention_inputs(call.mask(), call.valid_BN, self.model.config, dtype),
+                ).logits
         finally:
             handle.remove()
         if not call.columns:  # the output layer ran all the same: under FSDP2 ranks call alike

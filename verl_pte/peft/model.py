@@ -18,17 +18,19 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from verl_pte.config import PTEConfig
+from verl_pte.core import flash
+from verl_pte.core.attention import BACKENDS
 from verl_pte.core.cache import BoundedCache, ThoughtCache
 from verl_pte.core.encoder import ThoughtEncoder
 from verl_pte.peft.layer import MERGE_REFUSED, PTELinear, ThoughtEncoderLayer
 from verl_pte.peft.shared_input import SHARED_INPUTS, Lent, SharedInput
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral")
-ATTENTION = ("sdpa", "eager")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+AttentionInterface.register(flash.NAME, flash.flash_attention)
 
 
 class PTEModel(BaseTuner):
@@ -157,9 +159,9 @@ def _check_base(model: nn.Module, config: PTEConfig) -> None:
     model_config: Any = getattr(model, "config", model)
     check_architecture(model_config)
     attention = model_config._attn_implementation
-    if attention not in ATTENTION:
+    if attention not in BACKENDS:
         raise ValueError(
-            f"attn_implementation={attention!r}: PTE passes a 4D mask, which needs one of {', '.join(ATTENTION)}; "
+            f"attn_implementation={attention!r}: must be one of {', '.join(BACKENDS)}; "
             "load the model with attn_implementation='sdpa'"
         )
     if isinstance(config.target_modules, set):

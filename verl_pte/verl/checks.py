@@ -124,6 +124,15 @@ def _check_strategy(config: Any) -> None:
         raise ValueError(
             "actor_rollout_ref.actor.strategy=fsdp: must be fsdp2 with trainer.device=cpu, FSDP1 needs GPUs"
         )
+    from verl_pte.core.attention import NEEDS_GPU
+
+    override = config.actor_rollout_ref.model.get("override_config", None) or {}
+    attention = override.get("attn_implementation", "sdpa")
+    if attention in NEEDS_GPU and config.trainer.device == "cpu":
+        raise ValueError(
+            f"actor_rollout_ref.model.override_config.attn_implementation={attention}: must be sdpa or eager with "
+            "trainer.device=cpu, its gradients need GPUs"
+        )
     dtype = actor.fsdp_config.get("model_dtype", None)
     if dtype is not None and not PrecisionType.is_fp32(dtype):
         raise ValueError(

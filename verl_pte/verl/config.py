@@ -150,11 +150,10 @@ def check_model_settings(model: Any, pte: Any) -> None:
             "it as the sign that the reference policy is the actor without its adapter; write `lora: "
             "{rank: ${..pte.rank}}`. " + why
         )
-    from verl_pte.peft.model import ATTENTION
+    from verl_pte.core.attention import BACKENDS
 
     attention = (model.get("override_config", None) or {}).get("attn_implementation", "sdpa")
-    if attention not in ATTENTION:
+    if attention not in BACKENDS:
         raise ValueError(
-            f"model.override_config.attn_implementation={attention!r}: must be one of {', '.join(ATTENTION)}, "
-            "which take a 4D mask"
+            f"model.override_config.attn_implementation={attention!r}: must be one of {', '.join(BACKENDS)}"
         )

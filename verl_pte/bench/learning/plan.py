@@ -16,6 +16,7 @@ FULL_BASE = BaseSettings(longest=64, steps=5000)
 FAR = (24, 32, 40, 48, 56, 64)  # work steps of two tokens each
 NARROW = {"window": 8, "block_size": 2}  # under which FAR is up to 18 windows
 TRAINED = tuple(m for m in METHODS if m != "base")
+TESTED_FAR = ("base", "pte", "lora_c", "lora_full", "global_only")
 WARMED = ("pte", "lora_c", "global_only", "global_0")
 WARM = 250  # steps of distillation before GRPO: a start that leaves something to learn
 AFTER_WARM: dict[str, Any] = {"way": "grpo", "warm": WARM, "steps": 100, "lr": 1e-3, "kl": 0.1}
@@ -34,31 +35,42 @@ def quick() -> list[Cell]:
 
 
 def full(seeds: int) -> list[Cell]:
-    """Everything. Cells of one part stand together, seed by seed, so that a part can be read before all is done."""
-    return list({cell.name: cell for cell in _full(seeds)}.values())  # sweeps meet the methods' own cells
+    """Everything, one part after the other, all seeds of a part together."""
+    parts = (_supervised, _distilled, _after_warm, _scratch, _from_scratch, _in_verl, _sweeps)
+    cells = (cell for part in parts for seed in range(seeds) for cell in part(seed))
+    return list({cell.name: cell for cell in cells}.values())  # sweeps meet the methods' own cells
 
 
-def _full(seeds: int) -> Iterator[Cell]:
-    for seed in range(seeds):
-        for task in KINDS:
-            for method in METHODS:
-                way = Cell(task, method, "supervised", seed, base=FULL_BASE)
-                yield replace(way, far=FAR) if method in ("base", "pte", "lora_c", "lora_full", "global_only") else way
-        for task in KINDS:
-            for method in WARMED:
-                yield Cell(task, method, "distilled", seed, far=FAR if method == "pte" else (), base=FULL_BASE)
-                yield Cell(task, method, "distilled", seed, steps=WARM, base=FULL_BASE)
-        for task in KINDS:
-            for method in WARMED:
-                yield Cell(task, method, seed=seed, base=FULL_BASE, **AFTER_WARM)
-        for task in KINDS:
-            for method in TRAINED:
-                yield Cell(task, method, seed=seed, base=FULL_BASE, **FROM_SCRATCH)
-        yield from _from_scratch(seed)
-        if seed == 0:
-            for method in TRAINED:
-                yield Cell("lookup", method, seed=seed, base=FULL_BASE, **AFTER_WARM | {"way": "main_ppo", "steps": 40})
-        yield from _sweeps(seed)
+def _supervised(seed: int) -> Iterator[Cell]:
+    for task in KINDS:
+        for method in METHODS:
+            cell = Cell(task, method, "supervised", seed, base=FULL_BASE)
+            yield replace(cell, far=FAR) if method in TESTED_FAR else cell
+
+
+def _distilled(seed: int) -> Iterator[Cell]:
+    for task in KINDS:
+        for method in WARMED:
+            yield Cell(task, method, "distilled", seed, far=FAR if method == "pte" else (), base=FULL_BASE)
+
+
+def _after_warm(seed: int) -> Iterator[Cell]:
+    for task in KINDS:
+        for method in WARMED:
+            yield Cell(task, method, seed=seed, base=FULL_BASE, **AFTER_WARM)
+
+
+def _scratch(seed: int) -> Iterator[Cell]:
+    for task in KINDS:
+        for method in TRAINED:
+            yield Cell(task, method, seed=seed, base=FULL_BASE, **FROM_SCRATCH)
+
+
+def _in_verl(seed: int) -> Iterator[Cell]:
+    """On lookup, with one seed: every method through `main_ppo`."""
+    if seed == 0:
+        for method in TRAINED:
+            yield Cell("lookup", method, seed=seed, base=FULL_BASE, **AFTER_WARM | {"way": "main_ppo", "steps": 40})
 
 
 def _from_scratch(seed: int) -> Iterator[Cell]:

@@ -1,0 +1,133 @@
+"""Every attention backend gives the results of sdpa: rollout, log-probs and gradients.
+
+flash-attn needs a GPU and its package; without them a plain function with its documented meaning takes its place, so
+what is tested here is what we hand to it. flex_attention runs without its compilation, and PyTorch has its backward on
+GPUs alone.
+"""
+
+import importlib.util
+import sys
+import types
+
+import pytest
+import torch
+from test_agreement import check_agreement
+from tiny import random_tokens, tiny_model, tiny_pte
+
+from verl_pte import RolloutEngine, SamplingParams
+from verl_pte.core import flash
+from verl_pte.core.attention import BACKENDS
+from verl_pte.learner import Replay
+
+GPU = torch.cuda.is_available()
+WITH_FLASH = GPU and importlib.util.find_spec("flash_attn") is not None
+LENGTHS = ((5, 30), (19, 3), (3, 1), (14, 26))
+
+
+@pytest.fixture
+def flash_calls(monkeypatch):
+    """flash_attn_varlen_func by its documentation: one sequence after the other, causal from the bottom right."""
+    calls = []
+
+    def varlen(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None, causal=False):
+        assert causal and cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.is_contiguous() and cu_k.is_contiguous()
+        assert (cu_q[0], cu_q[-1], cu_k[0], cu_k[-1]) == (0, len(q), 0, len(k))
+        counts = torch.stack([cu_q.diff(), cu_k.diff()])
+        assert counts.amax(1).tolist() == [max_q, max_k] and (counts[0] <= counts[1]).all()
+        calls.append(counts.T.tolist())
+        outs = []
+        for b, (queries, keys) in enumerate(counts.T.tolist()):
+            at_q, at_k = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+            kb, vb = (t[at_k].repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q[at_q], kb) * softmax_scale
+            unseen = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+            outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), vb))
+        return torch.cat(outs)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=varlen))
+    return calls
+
+
+def with_backend(backend, arch="qwen2", **knobs):
+    """A tiny model switched to a backend after it was made: transformers itself asks for the package when it is."""
+    model = tiny_model(arch)
+    model.config._attn_implementation = backend
+    return tiny_pte(model=model, chunk_tokens=7, **knobs)
+
+
+@pytest.mark.parametrize("window", [8, None])
+@pytest.mark.parametrize("arch", ["qwen2", "llama", "qwen3", "mistral"])
+def test_flash_attention_agrees_with_the_oracle(arch, window, flash_calls):
+    check_agreement(with_backend("flash_attention_2", arch, window=window))
+    assert any(len(call) > 1 for call in flash_calls)
+    assert any(keys > queries > 1 for call in flash_calls for queries, keys in call)  # a past, and more than one token
+
+
+@pytest.mark.parametrize("window", [8, None])
+@pytest.mark.parametrize("backend", ["eager", "flex_attention"])
+def test_agrees_with_the_oracle(backend, window):
+    with torch.compiler.set_stance("force_eager"):
+        check_agreement(with_backend(backend, window=window))
+
+
+def gradients(backend, device="cpu", dtype=torch.float32):
+    model = with_backend(backend).to(device, dtype)
+    pairs = [random_tokens(*pair, seed=sum(pair)) for pair in LENGTHS]
+    replay = Replay(model, *([torch.tensor(pair[i]) for pair in pairs] for i in range(2)))
+    out = replay.forward()
+    weight = torch.randn(out.log_probs.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    replay.backward(weight * out.mask)
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+
+def check_gradients(backend, bound, **where):
+    expected = gradients("sdpa", **where)
+    for name, gradient in gradients(backend, **where).items():
+        assert (gradient - expected[name]).norm() <= bound * expected[name].norm(), name
+
+
+def test_gradients_of_eager():
+    check_gradients("eager", 1e-5)
+
+
+def test_gradients_of_flash_attention(flash_calls):
+    check_gradients("flash_attention_2", 1e-5)
+
+
+def test_a_call_in_which_every_row_idles_has_gradients(flash_calls):
+    # Under FSDP a rank with fewer calls than others runs such; its layers must still be part of the graph.
+    visible = torch.eye(3, dtype=torch.bool).expand(2, 1, 3, 3)
+    packing = flash.Packing.of(visible, torch.zeros(2, 3, dtype=torch.bool))
+    query, key, value = (torch.randn(2, 4, 3, 8, requires_grad=True) for _ in range(3))
+    out, _ = flash.flash_attention(torch.nn.Module(), query, key, value, None, packing, scaling=1.0)
+    out.sum().backward()
+    assert out.shape == (2, 3, 4, 8) and all(t.grad is not None for t in (query, key, value))
+
+
+def test_packing():
+    # Two rows of two queries and six slots; the second query of the second row is padding and sees the padding slot.
+    visible = torch.tensor([[[1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0]], [[0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1]]])
+    packing = flash.Packing.of(visible[:, None].bool(), torch.tensor([[True, True], [True, False]]))
+    assert packing.queries_M.tolist() == [0, 1, 2]
+    assert packing.keys_P.tolist() == [0, 1, 3, 4, 6 + 1]
+    assert (packing.query_starts.tolist(), packing.key_starts.tolist()) == ([0, 2, 3], [0, 4, 5])
+    assert (packing.most_queries, packing.most_keys) == (2, 4)
+
+
+@pytest.mark.skipif(not GPU, reason="PyTorch has flex_attention's backward on GPUs alone")
+def test_gradients_of_flex_attention_on_a_gpu():
+    check_gradients("flex_attention", 1e-4, device="cuda")
+
+
+@pytest.mark.skipif(not WITH_FLASH, reason="needs a GPU and the flash-attn package")
+def test_gradients_of_flash_attention_on_a_gpu():
+    check_gradients("flash_attention_2", 3e-2, device="cuda", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_rollout_leaves_the_choice_as_it_was(backend, flash_calls):
+    model = with_backend(backend)
+    engine = RolloutEngine(model, max_num_seqs=2, max_prompt_length=8, max_response_length=20)
+    with torch.compiler.set_stance("force_eager"):
+        engine.generate(random_tokens(7, 5), SamplingParams(max_tokens=6, temperature=0))
+    assert model.config._attn_implementation == backend
