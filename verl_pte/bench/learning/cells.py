@@ -41,7 +41,7 @@ class Cell:
             all seeds.
         way: one of WAYS.
         warm: optimizer steps of distillation that come before GRPO; 0 is from scratch.
-        steps, lr, encoder_lr: of the optimizer, see training.Optimization.
+        steps, lr, cosine, encoder_lr: of the optimizer, see training.Optimization.
         batch: examples a step, for supervised and distilled.
         kl, full_reference: see training.GRPO.
         works: work steps of the examples trained and tested on.
@@ -57,6 +57,7 @@ class Cell:
     warm: int = 0
     steps: int = 400
     lr: float = 3e-3
+    cosine: bool = True
     encoder_lr: float = 1.0
     batch: int = 32
     kl: float = 0.0
@@ -76,10 +77,9 @@ class Cell:
         parts = [self.task, self.way, self.method]
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.name in ("warm", "steps", "lr", "encoder_lr", "batch", "kl", "full_reference", "works", "tests"):
-                default = f.default
-                if value != default:
-                    parts.append(f"{f.name}={'-'.join(map(str, value)) if isinstance(value, tuple) else value}")
+            if f.name in ("task", "method", "way", "seed", "far", "knobs", "base") or value == f.default:
+                continue
+            parts.append(f"{f.name}={'-'.join(map(str, value)) if isinstance(value, tuple) else value}")
         parts += [f"{key}={value}" for key, value in sorted(self.knobs.items())]
         return ".".join([*parts, f"seed={self.seed}"])
 
@@ -129,10 +129,8 @@ def _train(cell: Cell, folder: Path, tell: Any) -> dict[str, Any]:
         ceiling, floor = accuracy(model, task, examples, full), accuracy(model, task, examples)
     history = [{"step": 0, **accuracy(model, task, examples)._asdict()}]
     curve: list[dict[str, float]] = []
-    on_policy = cell.way in ("grpo", "main_ppo")
-    optimization = training.Optimization(
-        cell.steps, cell.lr, warmup=10 if on_policy else 20, cosine=not on_policy, encoder_lr=cell.encoder_lr
-    )
+    warmup = 10 if cell.way in ("grpo", "main_ppo") else 20
+    optimization = training.Optimization(cell.steps, cell.lr, warmup, cell.cosine, cell.encoder_lr)
     if cell.way == "main_ppo":
         tell(f"{cell.name}: in verl", 0)
         curve, model = _in_verl(cell, model, task, optimization, folder)

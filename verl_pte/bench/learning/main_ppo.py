@@ -95,6 +95,8 @@ def _overrides(
         **{f"actor_rollout_ref.model.pte.{name}": value for name, value in knobs.items()},
         "actor_rollout_ref.actor.optim.lr": optimization.lr,
         "actor_rollout_ref.actor.optim.lr_warmup_steps": optimization.warmup,
+        "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine" if optimization.cosine else "constant",
+        "actor_rollout_ref.actor.optim.min_lr_ratio": 0.1,
         "actor_rollout_ref.actor.ppo_mini_batch_size": settings.prompts,
         "actor_rollout_ref.actor.use_kl_loss": settings.kl > 0,
         "actor_rollout_ref.actor.kl_loss_coef": settings.kl,
