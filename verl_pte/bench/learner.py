@@ -1,68 +1,47 @@
-"""Runs the learner benchmark: three methods in three processes that take turns, as in rollout.py.
-
-Each method first runs the shortest length once, untimed.
-"""
+"""Runs the learner benchmark: three methods that take turns."""
 
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from verl_pte.bench import turns
 from verl_pte.bench.learner_settings import LearnerSettings
-from verl_pte.bench.learner_worker import PROGRAM
 from verl_pte.bench.models import make_models
 from verl_pte.bench.rollout import Measured
-from verl_pte.bench.settings import METHODS
 from verl_pte.bench.worker import Worker
+
+
+class LearnerWorker(Worker):
+    """A worker that makes a learner's step, whose replay evicts as the schedule says."""
+
+    name: ClassVar[str] = "learner"
+    program: ClassVar[str] = "verl_pte.bench.learner_worker"
+
+    def measure(self, length: int) -> dict[str, Any]:
+        """One sample. Raises RuntimeError if the process died, or did something else."""
+        sample = super().measure(length)
+        if self.method != "full":
+            prompt = self.settings.prompt_length
+            # The last token is predicted and not run.
+            expected = self.settings.method(self.method).schedule().num_evictions(prompt, prompt + length - 1)
+            if sample["evictions"] != expected:
+                raise RuntimeError(
+                    f"{self.method}: {sample['evictions']} evictions, not {expected}: not what was to be measured"
+                )
+        return sample
 
 
 def total_work(settings: LearnerSettings) -> int:
     """What `measure` reports as done when it ends: response tokens of a sequence, over all methods."""
-    return len(METHODS) * (min(settings.lengths) + settings.repeats * sum(settings.lengths))
+    return turns.total_work(settings, min(settings.lengths))
 
 
 def measure(settings: LearnerSettings, output: Path, progress: Callable[[str, int], None]) -> Measured:
-    """Run it all; logs of the processes go to `output`.
-
-    `progress` is told what begins, and how much was done since it was told last. Raises RuntimeError if a process dies
-    or a replay evicted other than the schedule says.
-    """
-    samples: list[dict[str, Any]] = []
-    workers: dict[str, Worker] = {}
-    said = {}
+    """Run it all; arguments and errors as of turns.py."""
     with tempfile.TemporaryDirectory(prefix="verl_pte_bench_") as folder:
         models = Path(folder)
         progress("making models", 0)
         make_models(settings, models)
-        try:
-            for method, (title, _) in METHODS.items():
-                progress(f"starting {title}", 0)
-                workers[method] = Worker(settings, method, models, output / f"learner-{method}.log", PROGRAM)
-                said[method] = workers[method].ready()
-            done = 0
-            for method, worker in workers.items():
-                progress(f"warming up {METHODS[method].title}", done)
-                worker.measure(min(settings.lengths))
-                done = min(settings.lengths)
-            for length in settings.lengths:
-                for repeat in range(settings.repeats):
-                    for method, worker in workers.items():
-                        progress(f"{length} tokens, {repeat + 1}/{settings.repeats}, {METHODS[method].title}", done)
-                        sample = worker.measure(length)
-                        _check(settings, method, sample)
-                        samples.append({"method": method, "repeat": repeat} | sample)
-                        done = length
-            progress("done", done)
-        finally:
-            for worker in workers.values():
-                worker.close()
-    return Measured(samples, said, None)
-
-
-def _check(settings: LearnerSettings, method: str, sample: dict[str, Any]) -> None:
-    if method == "full":
-        return
-    run = settings.prompt_length + sample["length"] - 1  # the last token is predicted and not run
-    expected = settings.method(method).schedule().num_evictions(settings.prompt_length, run)
-    if sample["evictions"] != expected:
-        raise RuntimeError(f"{method}: {sample['evictions']} evictions, not {expected}: not what was to be measured")
+        shortest = min(settings.lengths)
+        return Measured(*turns.take_turns(LearnerWorker, settings, models, output, shortest, progress), None)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from verl_pte.bench.learner_settings import LearnerSettings
-from verl_pte.bench.report import COLORS, MIB
+from verl_pte.bench.report import COLORS, MIB, two_panels
 from verl_pte.bench.settings import METHODS
 
 PAIRS = (("pte", "full"), ("pte", "lora_c"), ("lora_c", "full"))
@@ -113,27 +113,15 @@ def tables(
 
 def draw(settings: LearnerSettings, rows: list[dict[str, Any]], path: Path) -> None:
     """Memory and time per token against the response length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (memory, time) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
-    for method, (title, _) in METHODS.items():
-        mine = [row for row in rows if row["method"] == method]
-        lengths = [row["length"] for row in mine]
-        style: dict[str, Any] = {"marker": ".", "color": COLORS[method], "label": title}
-        memory.plot(lengths, [row["rise_bytes"] / MIB for row in mine], **style)
-        time.plot(lengths, [row["microseconds_per_token"] for row in mine], **style)
-        if method == "pte":
-            store = [row["store_bytes"] / MIB for row in mine]
-            memory.plot(lengths, store, ":", color=COLORS[method], label="of it keys and values")
-    memory.set(title="memory a step adds, MiB")
-    time.set(title="time per response token, microseconds")
-    for axes in (memory, time):
-        axes.set_xticks(settings.lengths)
-        axes.set(xlabel="response tokens of a sequence", ylim=(0, None))
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with two_panels(settings, "response tokens of a sequence", path) as (memory, time):
+        for method, (title, _) in METHODS.items():
+            mine = [row for row in rows if row["method"] == method]
+            lengths = [row["length"] for row in mine]
+            style: dict[str, Any] = {"marker": ".", "color": COLORS[method], "label": title}
+            memory.plot(lengths, [row["rise_bytes"] / MIB for row in mine], **style)
+            time.plot(lengths, [row["microseconds_per_token"] for row in mine], **style)
+            if method == "pte":
+                store = [row["store_bytes"] / MIB for row in mine]
+                memory.plot(lengths, store, ":", color=COLORS[method], label="of it keys and values")
+        memory.set(title="memory a step adds, MiB")
+        time.set(title="time per response token, microseconds")

@@ -9,8 +9,6 @@ from typing import TextIO
 from verl_pte.bench.learner_settings import LearnerSettings
 from verl_pte.bench.worker import run
 
-PROGRAM = "verl_pte.bench.learner_worker"
-
 
 def serve(answers: TextIO) -> None:
     """The worker's side."""

@@ -4,6 +4,8 @@ A ratio of times is one within a turn, in which the methods ran one after anothe
 and the least and greatest. Left out: tokens per second at equal memory (equal_memory.py).
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -128,27 +130,34 @@ def tables(settings: Settings, rows: list[dict[str, Any]], of_method: dict[str, 
 
 def draw(settings: Settings, rows: list[dict[str, Any]], path: Path) -> None:
     """Tokens per second and bytes per sequence against the length."""
+    with two_panels(settings, "tokens generated a sequence", path) as (speed, held):
+        for method, (title, _) in METHODS.items():
+            mine = [row for row in rows if row["method"] == method]
+            lengths = [row["length"] for row in mine]
+            style: dict[str, Any] = {"marker": ".", "color": COLORS[method], "label": title}
+            if method == "pte":
+                style["linestyle"] = "--"  # LoRA_c lies under it on the right
+            speed.plot(lengths, [row["tokens_per_second"] for row in mine], **style)
+            slowest, fastest = ([row["tokens"] / row["seconds_range"][end] for row in mine] for end in (1, 0))
+            speed.fill_between(lengths, slowest, fastest, color=COLORS[method], alpha=0.15, linewidth=0)
+            held.plot(lengths, [row["held_bytes"] / MIB for row in mine], **style)
+        speed.set(title=f"tokens per second, {settings.num_seqs} sequences")
+        held.set(title="cache and state of a sequence, MiB")
+
+
+@contextlib.contextmanager
+def two_panels(settings: Settings, along: str, path: Path) -> Iterator[Any]:
+    """Two matplotlib axes over the lengths, saved to `path` at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (speed, held) = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
-    for method, (title, _) in METHODS.items():
-        mine = [row for row in rows if row["method"] == method]
-        lengths = [row["length"] for row in mine]
-        style: dict[str, Any] = {"marker": ".", "color": COLORS[method], "label": title}
-        if method == "pte":
-            style["linestyle"] = "--"  # LoRA_c lies under it on the right
-        speed.plot(lengths, [row["tokens_per_second"] for row in mine], **style)
-        slowest, fastest = ([row["tokens"] / row["seconds_range"][end] for row in mine] for end in (1, 0))
-        speed.fill_between(lengths, slowest, fastest, color=COLORS[method], alpha=0.15, linewidth=0)
-        held.plot(lengths, [row["held_bytes"] / MIB for row in mine], **style)
-    speed.set(title=f"tokens per second, {settings.num_seqs} sequences")
-    held.set(title="cache and state of a sequence, MiB")
-    for axes in (speed, held):
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
+    yield panels
+    for axes in panels:
         axes.set_xticks(settings.lengths)
-        axes.set(xlabel="tokens generated a sequence", ylim=(0, None))
+        axes.set(xlabel=along, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)

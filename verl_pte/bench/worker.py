@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ClassVar, TextIO
 
 import torch
 
@@ -34,15 +34,21 @@ LOG_TAIL = 15  # lines of its log a failure shows
 
 
 class Worker:
-    """A method's process, which starts at once; `ready` waits for it. It runs the module `program`."""
+    """A method's process, which starts at once; `ready` waits for it.
 
-    def __init__(
-        self, settings: Settings, method: str, models: Path, log: Path, program: str = "verl_pte.bench.worker"
-    ) -> None:
+    Attributes:
+        name: of its log.
+        program: the module it runs.
+    """
+
+    name: ClassVar[str] = "worker"
+    program: ClassVar[str] = "verl_pte.bench.worker"
+
+    def __init__(self, settings: Settings, method: str, models: Path, log: Path) -> None:
         self.settings, self.method, self.log = settings, method, log
         with log.open("w") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", program],
+                [sys.executable, "-m", self.program],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
