@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from verl_pte.bench import __main__ as command_line
 from verl_pte.bench import step_memory
+from verl_pte.bench.learner import LearnerWorker
 from verl_pte.bench.learner_report import PAIRS
 from verl_pte.bench.learner_settings import LearnerSettings
 from verl_pte.bench.settings import METHODS
+from verl_pte.bench.worker import Worker
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(
@@ -126,3 +128,14 @@ def test_wrong_options_are_named(arguments: list[str], complaint: str) -> None:
     result = CliRunner().invoke(command_line.app, ["learner", *arguments])
     assert result.exit_code == 2
     assert complaint in result.stderr
+
+
+def test_a_replay_that_evicted_otherwise_is_no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = LearnerWorker.__new__(LearnerWorker)  # without its process
+    worker.settings, worker.method = LearnerSettings(**TINY), "pte"
+    right = worker.settings.method("pte").schedule().num_evictions(20, 20 + 160 - 1)
+    monkeypatch.setattr(Worker, "measure", lambda self, length: {"evictions": right - 1})
+    with pytest.raises(RuntimeError, match=f"pte: {right - 1} evictions, not {right}"):
+        worker.measure(160)
+    worker.method = "full"
+    assert worker.measure(160) == {"evictions": right - 1}

@@ -190,17 +190,8 @@ def _in_verl(
     model.save_pretrained(run_folder / "start")
     pte, base = pte_config(model), model.unload()
     settings = training.GRPO(kl=cell.kl, full_reference=cell.full_reference)
-    curve, adapter = main_ppo.run(
-        task,
-        base,
-        pte,
-        run_folder / "start",
-        run_folder,
-        works=cell.works,
-        settings=settings,
-        optimization=optimization,
-        seed=cell.seed,
-    )
+    run = main_ppo.Run(task, pte, run_folder / "start", run_folder, cell.works, settings, optimization, cell.seed)
+    curve, adapter = main_ppo.train(run, base)
     return curve, PeftModel.from_pretrained(base, str(adapter))
 
 

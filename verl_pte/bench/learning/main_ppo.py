@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +26,44 @@ _TAIL = 4000  # characters of a failed run's output
 _CURVE = {"critic/score/mean": "reward", "pte/mismatch_max": "mismatch", "actor/grad_norm": "grad_norm"}
 
 
-def run(
-    task: Task,
-    base: PreTrainedModel,
-    pte: PTEConfig,
-    adapter: Path,
-    folder: Path,
-    *,
-    works: tuple[int, int],
-    settings: training.GRPO,
-    optimization: training.Optimization,
-    seed: int,
-) -> tuple[list[dict[str, float]], Path]:
+@dataclass(frozen=True)
+class Run:
+    """What is trained, and how.
+
+    Attributes:
+        pte, adapter: settings and folder of the adapter it starts from.
+        folder: for everything the run reads and writes.
+        works: work steps of the examples.
+    """
+
+    task: Task
+    pte: PTEConfig
+    adapter: Path
+    folder: Path
+    works: tuple[int, int]
+    settings: training.GRPO
+    optimization: training.Optimization
+    seed: int
+
+
+def train(run: Run, base: PreTrainedModel) -> tuple[list[dict[str, float]], Path]:
     """Train; returns measurements of each step and the folder of the trained adapter.
 
     Raises RuntimeError with the end of verl's output if it fails.
     """
+    task, folder, steps = run.task, run.folder, run.optimization.steps
     folder.mkdir(parents=True, exist_ok=True)
     base.save_pretrained(folder / "base")
     words.tokenizer(task).save_pretrained(folder / "tokenizer")  # beside a Qwen2 transformers would take it for Qwen's
-    steps = optimization.steps
-    examples = [e for i in range(steps) for e in training.drawn(task, works, settings.prompts, seed, i)]
+    prompts = run.settings.prompts
+    examples = [e for i in range(steps) for e in training.drawn(task, run.works, prompts, run.seed, i)]
     words.write_prompts(examples, task.kind, folder / "train.parquet")
-    words.write_prompts(examples[: settings.prompts], task.kind, folder / "val.parquet")
+    words.write_prompts(examples[:prompts], task.kind, folder / "val.parquet")
     log = folder / "metrics.jsonl"
     log.unlink(missing_ok=True)
     command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(RECIPES)]
     command += ["--config-name", "pte_tiny_cpu"]
-    command += _overrides(task, pte, adapter, folder, works, settings, optimization, seed)
+    command += _overrides(run)
     env = os.environ | {"VERL_PLATFORM": "cpu", "VERL_FILE_LOGGER_PATH": str(log), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     trained = folder / "checkpoints" / f"global_step_{steps}" / "actor" / "pte_adapter"
@@ -67,31 +78,23 @@ def run(
     return curve, trained
 
 
-def _overrides(
-    task: Task,
-    pte: PTEConfig,
-    adapter: Path,
-    folder: Path,
-    works: tuple[int, int],
-    settings: training.GRPO,
-    optimization: training.Optimization,
-    seed: int,
-) -> list[str]:
+def _overrides(run: Run) -> list[str]:
+    pte, folder, settings, optimization = run.pte, run.folder, run.settings, run.optimization
     knobs = {name: getattr(pte, name) for name, _, _ in PTEConfig.knobs() if name != "target_modules"}
     knobs["reference_cache"] = "full" if settings.full_reference else "window"
     values: dict[str, Any] = {
         "data.train_files": folder / "train.parquet",
         "data.val_files": folder / "val.parquet",
         "data.train_batch_size": settings.prompts,
-        "data.max_prompt_length": task.prompt_length,
-        "data.max_response_length": task.thought_length(works[1]) + 8,
-        "data.seed": seed,
+        "data.max_prompt_length": run.task.prompt_length,
+        "data.max_response_length": run.task.thought_length(run.works[1]) + 8,
+        "data.seed": run.seed,
         "data.shuffle": False,
         "reward.custom_reward_function.path": reward.__file__,
         "reward.custom_reward_function.name": "compute_score",
         "actor_rollout_ref.model.path": folder / "base",
         "actor_rollout_ref.model.tokenizer_path": folder / "tokenizer",
-        "actor_rollout_ref.model.lora_adapter_path": adapter,
+        "actor_rollout_ref.model.lora_adapter_path": run.adapter,
         **{f"actor_rollout_ref.model.pte.{name}": value for name, value in knobs.items()},
         "actor_rollout_ref.actor.optim.lr": optimization.lr,
         "actor_rollout_ref.actor.optim.lr_warmup_steps": optimization.warmup,
