@@ -1,5 +1,6 @@
 """Plots of a report: answers by method, answers over distance, and rewards over GRPO's steps."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 from verl_pte.bench.learning.cells import BLOCK
 from verl_pte.bench.learning.methods import METHODS
 from verl_pte.bench.learning.report import way
-from verl_pte.bench.learning.tasks import DIGITS
+from verl_pte.bench.learning.tasks import DIGITS, KINDS
 
+_COLUMNS = len(KINDS)  # of panels: most groups have one for each task
 _COLORS = dict(zip(METHODS, [f"C{i}" for i in range(len(METHODS))], strict=True))
 
 
@@ -24,12 +26,15 @@ def draw(rows: Sequence[dict[str, Any]], window: int, folder: Path) -> list[Path
     for name, panels in (("methods", _methods(plain)), ("distance", _distance(plain)), ("rewards", _rewards(plain))):
         if not panels:
             continue
-        figure, axes = plt.subplots(
-            1, len(panels), figsize=(4.6 * len(panels) + 0.6, 3.8), layout="constrained", squeeze=False
-        )
-        for axis, (heading, members) in zip(axes[0], panels.items(), strict=True):
+        columns = min(len(panels), _COLUMNS)
+        lines = -(-len(panels) // columns)
+        size = (4.6 * columns + 0.6, 3.8 * lines)
+        figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()
+        for axis, (heading, members) in zip(axes.flat, panels.items(), strict=False):
             _PANELS[name](axis, members, window)
-            axis.set_title(heading, fontsize=10)
+            axis.set_title("\n".join(textwrap.wrap(heading, 52)), fontsize=9)
             axis.grid(alpha=0.3)
         path = folder / f"learning_{name}.png"
         figure.savefig(path, dpi=110)

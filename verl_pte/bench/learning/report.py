@@ -16,7 +16,7 @@ from verl_pte.bench.learning.cells import BLOCK
 from verl_pte.bench.learning.methods import METHODS
 
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by number of seeds
-_KEYS = ("task", "way", "method", "warm", "steps", "lr", "encoder_lr", "kl", "full_reference", "knobs")
+_KEYS = ("task", "way", "method", "warm", "steps", "lr", "cosine", "encoder_lr", "kl", "full_reference", "knobs")
 WAYS = {"supervised": "supervised", "distilled": "warm start", "grpo": "GRPO", "main_ppo": "GRPO in verl"}
 
 
@@ -77,11 +77,17 @@ def title(row: dict[str, Any]) -> str:
 
 def way(row: dict[str, Any]) -> str:
     """How a row was trained."""
-    extra = "" if not row["kl"] else f", KL {row['kl']}"
     if row["way"] in ("supervised", "distilled"):
         return f"{WAYS[row['way']]}, {row['steps']} steps"
     start = f"after {row['warm']} steps of warm start" if row["warm"] else "from scratch"
-    return f"{WAYS[row['way']]} {start}{extra}"
+    parts = [f"{WAYS[row['way']]} {start}: {row['steps']} steps", f"lr {row['lr']:g}"]
+    if not row["cosine"]:
+        parts.append("constant")
+    if row["encoder_lr"] != 1:
+        parts.append(f"encoder's {row['encoder_lr']:g} times")
+    if row["kl"]:
+        parts.append(f"KL {row['kl']:g}" + ("" if row["full_reference"] else " to the base under the window"))
+    return ", ".join(parts)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
