@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from verl_pte import RolloutEngine, SamplingParams, attach
 from verl_pte.bench.__main__ import app
-from verl_pte.bench.learning import plan, report, tasks, training
+from verl_pte.bench.learning import plan, plots, report, tasks, training
 from verl_pte.bench.learning.base import BaseSettings, base_path, untrained
 from verl_pte.bench.learning.cells import Cell, run, warm_cell
 from verl_pte.bench.learning.evaluate import accuracy, test_examples
@@ -294,13 +294,16 @@ def test_accuracy_with_the_full_schedule_keeps_everything() -> None:
 
 def test_command_reports_what_is_there(folder, monkeypatch) -> None:
     cells = [small_cell(method=m, seed=s) for m in ("pte", "lora_c") for s in (0, 1)]
+    cells.append(small_cell(knobs={"window": 8, "block_size": 2}))
     monkeypatch.setattr(plan, "full", lambda seeds: cells)
     done = CliRunner().invoke(app, ["learning", "--output", str(folder), "--jobs", "1"])
     assert done.exit_code == 0, done.output
     content = json.loads((folder / "learning.json").read_text())
-    assert content["cells"] == {"planned": 4, "done": 4}
-    assert [row["method"] for row in content["rows"]] == ["pte", "lora_c"]
+    assert content["cells"] == {"planned": 5, "done": 5}
+    assert [row["method"] for row in content["rows"]] == ["pte", "lora_c", "pte"]
     assert "| lookup | supervised, 2 steps | LoRA_c | 2 |" in (folder / "learning.md").read_text()
-    assert (folder / "learning_methods.png").exists()
+    assert (folder / "learning_methods.png").exists() and (folder / "learning_sweeps.png").exists()
+    swept = plots._sweeps(content["rows"])
+    assert {knob: [plots._value(row, knob) for row in rows] for knob, rows in swept.items()} == {"window": [8, 16, 16]}
     bad = CliRunner().invoke(app, ["learning", "--only", "nothing", "--output", str(folder)])
     assert bad.exit_code == 2 and "--only nothing: no cell has this in its name" in bad.output

@@ -1,4 +1,4 @@
-"""Plots of a report: answers by method, answers over distance, and rewards over GRPO's steps."""
+"""Plots of a report: answers by method, over distance and over settings, and rewards over GRPO's steps."""
 
 import textwrap
 from collections.abc import Sequence
@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from verl_pte.bench.learning.cells import BLOCK
-from verl_pte.bench.learning.methods import METHODS
+from verl_pte.bench.learning.methods import METHODS, pte_settings
 from verl_pte.bench.learning.report import way
 from verl_pte.bench.learning.tasks import DIGITS, KINDS
 
 _COLUMNS = len(KINDS)  # of panels: most groups have one for each task
+_SWEPT = ("window", "evict_fraction", "rank", "update_strength")
+_SWEPT_METHODS = ("pte", "lora_c")
 _COLORS = dict(zip(METHODS, [f"C{i}" for i in range(len(METHODS))], strict=True))
 
 
@@ -23,7 +25,13 @@ def draw(rows: Sequence[dict[str, Any]], window: int, folder: Path) -> list[Path
 
     plain = [row for row in rows if row["seeds"] and not row["knobs"]]
     written = []
-    for name, panels in (("methods", _methods(plain)), ("distance", _distance(plain)), ("rewards", _rewards(plain))):
+    figures = {
+        "methods": _methods(plain),
+        "distance": _distance(plain),
+        "rewards": _rewards(plain),
+        "sweeps": _sweeps(rows),
+    }
+    for name, panels in figures.items():
         if not panels:
             continue
         columns = min(len(panels), _COLUMNS)
@@ -62,6 +70,22 @@ def _rewards(rows: Sequence[dict[str, Any]]) -> dict[str, list]:
     return {heading: members for heading, members in _methods(rows).items() if "GRPO" in heading}
 
 
+def _sweeps(rows: Sequence[dict[str, Any]]) -> dict[str, list]:
+    """Rows in which a setting differs, beside those in which none does."""
+    rows = [row for row in rows if row["seeds"] and row["way"] == "supervised" and row["method"] in _SWEPT_METHODS]
+    panels = {}
+    for knob in _SWEPT:
+        tasks = {row["task"] for row in rows if knob in row["knobs"]}
+        members = [r for r in rows if r["task"] in tasks and (knob in r["knobs"] or not r["knobs"])]
+        if members:
+            panels[knob] = sorted(members, key=lambda row: _value(row, knob))
+    return panels
+
+
+def _value(row: dict[str, Any], knob: str) -> Any:
+    return getattr(pte_settings(row["method"], **row["knobs"]), knob)
+
+
 def _bars(axis: Any, rows: list[dict[str, Any]], window: int) -> None:
     names = [METHODS[row["method"]].title for row in rows]
     values = [row["answer"]["mean"] for row in rows]
@@ -98,4 +122,21 @@ def _reward_curves(axis: Any, rows: list[dict[str, Any]], window: int) -> None:
     axis.legend(fontsize=7)
 
 
-_PANELS = {"methods": _bars, "distance": _over_distance, "rewards": _reward_curves}
+def _over_setting(axis: Any, rows: list[dict[str, Any]], window: int) -> None:
+    knob = next(knob for knob in _SWEPT if any(knob in row["knobs"] for row in rows))
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        axis.errorbar(
+            [_value(row, knob) for row in mine],
+            [row["answer"]["mean"] for row in mine],
+            [row["answer"]["half"] or 0 for row in mine],
+            marker=".",
+            capsize=2,
+            color=_COLORS[method],
+            label=METHODS[method].title,
+        )
+    axis.set(ylim=(0, 1.02), xlabel=knob, ylabel="answer accuracy")
+    axis.legend(fontsize=7)
+
+
+_PANELS = {"methods": _bars, "distance": _over_distance, "rewards": _reward_curves, "sweeps": _over_setting}
