@@ -8,15 +8,17 @@ Left out: keys and values (store.py) and the model (replay.py).
 
 All of it is integers worked out on the host: nothing is read back from the device.
 
-Shape suffixes: B sequences, N tokens of a call, M of them not padding, P visible past tokens, C evicted tokens, T
-response tokens.
+Shape suffixes: B sequences, L their longest, N tokens of a call, M of them not padding, P visible past tokens, C
+evicted tokens, T response tokens.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from verl_pte.core.schedule import Chunk, Schedule
 
@@ -65,8 +67,10 @@ class ReplayPlan:
         self.schedule, self.device = schedule, device
         self.prompt_lens = [len(p) for p in prompts]
         self.response_lens = [len(r) for r in responses]
-        self.sequences = [torch.cat([p, r]).cpu().long() for p, r in zip(prompts, responses, strict=True)]
-        self.run_lens = [len(s) - 1 for s in self.sequences]
+        sequences = [torch.cat([p, r]).cpu().long() for p, r in zip(prompts, responses, strict=True)]
+        self.sequences_BL = pad_sequence(sequences, batch_first=True)
+        self.prompt_lens_B1 = torch.tensor(self.prompt_lens)[:, None]
+        self.run_lens = [len(s) - 1 for s in sequences]
         self.chunks: list[list[Chunk]] = [
             schedule.chunks(p, n, chunk_tokens) for p, n in zip(self.prompt_lens, self.run_lens, strict=True)
         ]
@@ -75,7 +79,7 @@ class ReplayPlan:
     @property
     def batch_size(self) -> int:
         """Sequences."""
-        return len(self.sequences)
+        return len(self.prompt_lens)
 
     def num_evictions(self) -> list[int]:
         """Evictions of each sequence."""
@@ -85,59 +89,67 @@ class ReplayPlan:
         """Tensors of call `index`; past the last chunk of every sequence all rows idle (other ranks may still have
         some).
         """
-        chunks = [c[index] if index < len(c) else None for c in self.chunks]
-        no_target = max(self.response_lens)
-        rows: dict[str, list[Tensor]] = {
-            name: [] for name in ("tokens", "positions", "targets", "response", "past", "same", "evicted", "kept")
-        }
-        for b, chunk in enumerate(chunks):
-            prompt_len, sequence = self.prompt_lens[b], self.sequences[b]
-            start, end = (0, 0) if chunk is None else (chunk.start, chunk.end)
-            positions, past = torch.arange(start, end), torch.arange(0)
-            segment_start = 0
-            if chunk is not None:
-                past = torch.tensor(self.schedule.visible_before(prompt_len, start), dtype=torch.long)
-                segment_start = self.schedule.segment_start(prompt_len, chunk.segment)
-            is_target = positions + 1 >= prompt_len
-            rows["positions"].append(positions)
-            rows["tokens"].append(sequence[start:end])
-            rows["targets"].append(sequence[start + 1 : end + 1].where(is_target, 0))
-            rows["response"].append((positions + 1 - prompt_len).where(is_target, no_target))
-            rows["past"].append(past)
-            rows["same"].append(past >= segment_start)
-            evicted = None if chunk is None else chunk.evicted
-            rows["evicted"].append(torch.arange(*evicted) if evicted is not None else torch.arange(0))
-            rows["kept"].append(torch.stack([torch.full_like(positions, b), torch.arange(end - start), positions]))
-        evicting = torch.tensor([len(row) > 0 for row in rows["evicted"]])
-        fresh = torch.tensor([c is not None and c.start == 0 for c in chunks])
-        response_BN = _pad(rows["response"], no_target)
-        evicted_BC, evicting_B = (
-            t.to(self.device) if evicting.any() else None for t in (_pad(rows["evicted"]), evicting)
-        )
+        spans_B: list[_Span] = [
+            self._span(b, chunks[index] if index < len(chunks) else None) for b, chunks in enumerate(self.chunks)
+        ]
+        start_B1, end_B1, pinned_B1, oldest_B1, segment_start_B1, evicted_from_B1 = torch.tensor(spans_B).T[:, :, None]
+
+        positions_BN = start_B1 + torch.arange(max(1, int((end_B1 - start_B1).max())))
+        valid_BN = positions_BN < end_B1
+        positions_BN = positions_BN.where(valid_BN, 0)
+        thought_BN = positions_BN + 1 - self.prompt_lens_B1  # of the token each predicts
+        is_target_BN = valid_BN & (thought_BN >= 0)
+        response_BN = thought_BN.where(is_target_BN, max(self.response_lens))
+
+        past_len_B1 = pinned_B1 + start_B1 - oldest_B1
+        place_BP = torch.arange(int(past_len_B1.max())).expand(self.batch_size, -1)
+        past_valid_BP = place_BP < past_len_B1
+        past_BP = place_BP + (oldest_B1 - pinned_B1).where(place_BP >= pinned_B1, 0)
+        past_BP = past_BP.where(past_valid_BP, 0)
+
+        evicting_B1 = evicted_from_B1 >= 0
+        evicted_BC = (evicted_from_B1 + torch.arange(self.schedule.chunk)).where(evicting_B1, 0)
+        any_evicting = bool(evicting_B1.any())
+        fresh_B = (start_B1 == 0)[:, 0] & valid_BN[:, 0]
+        row_M, column_M = valid_BN.nonzero().T
         return Call(
-            tokens_BN=_pad(rows["tokens"]).to(self.device),
-            positions_BN=_pad(rows["positions"]).to(self.device),
-            valid_BN=_lengths_mask(rows["positions"]).to(self.device),
-            past_BP=_pad(rows["past"], width=0).to(self.device),
-            past_valid_BP=_lengths_mask(rows["past"], width=0).to(self.device),
-            same_segment_BP=_pad(rows["same"], False, width=0).to(self.device),
-            evicted_BC=evicted_BC,
-            evicting_B=evicting_B,
-            num_evicting=int(evicting.sum()),
-            fresh_B=fresh.to(self.device) if fresh.any() else None,
-            targets_BN=_pad(rows["targets"]).to(self.device),
+            tokens_BN=self.sequences_BL.gather(1, positions_BN).where(valid_BN, 0).to(self.device),
+            positions_BN=positions_BN.to(self.device),
+            valid_BN=valid_BN.to(self.device),
+            past_BP=past_BP.to(self.device),
+            past_valid_BP=past_valid_BP.to(self.device),
+            same_segment_BP=(past_valid_BP & (past_BP >= segment_start_B1)).to(self.device),
+            evicted_BC=evicted_BC.to(self.device) if any_evicting else None,
+            evicting_B=evicting_B1[:, 0].to(self.device) if any_evicting else None,
+            num_evicting=int(evicting_B1.sum()),
+            fresh_B=fresh_B.to(self.device) if fresh_B.any() else None,
+            targets_BN=self.sequences_BL.gather(1, positions_BN + 1).where(is_target_BN, 0).to(self.device),
             response_BN=response_BN.to(self.device),
-            columns=(response_BN < no_target).any(0).nonzero()[:, 0].tolist(),
-            kept_3M=torch.cat(rows["kept"], dim=1).to(self.device),
+            columns=is_target_BN.any(0).nonzero()[:, 0].tolist(),
+            kept_3M=torch.stack([row_M, column_M, positions_BN[row_M, column_M]]).to(self.device),
+        )
+
+    def _span(self, b: int, chunk: Chunk | None) -> "_Span":
+        if chunk is None:
+            return _Span(0, 0, 0, 0, 0, -1)
+        prompt_len = self.prompt_lens[b]
+        oldest = min(chunk.start, self.schedule.first_visible_thought(prompt_len, chunk.segment))
+        return _Span(
+            start=chunk.start,
+            end=chunk.end,
+            pinned=min(chunk.start, self.schedule.pinned(prompt_len)),
+            oldest=oldest,
+            segment_start=self.schedule.segment_start(prompt_len, chunk.segment),
+            evicted_from=-1 if chunk.evicted is None else chunk.evicted[0],
         )
 
 
-def _pad(rows: list[Tensor], fill: int | bool = 0, width: int = 1) -> Tensor:
-    """Rows of different lengths side by side, at least `width` wide."""
-    width = max(width, *map(len, rows))
-    return torch.stack([torch.nn.functional.pad(row, (0, width - len(row)), value=fill) for row in rows])
+class _Span(NamedTuple):
+    """Of a chunk: its positions, what it sees of the past, and what leaves before it."""
 
-
-def _lengths_mask(rows: list[Tensor], width: int = 1) -> Tensor:
-    lengths = torch.tensor([len(row) for row in rows])
-    return torch.arange(max(width, *map(len, rows))) < lengths[:, None]
+    start: int
+    end: int
+    pinned: int  # pinned tokens before `start`
+    oldest: int  # seen beyond the pinned ones, `start` if none is
+    segment_start: int
+    evicted_from: int  # -1 if nothing is evicted
