@@ -1,16 +1,20 @@
 """The learning benchmark: its tasks are what they claim, its training steps have the gradients they should, its cells
 and reports lose nothing. Whether PTE learns is what the benchmark itself measures, in minutes (docs/results.md)."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
 from verl_pte import RolloutEngine, SamplingParams, attach
+from verl_pte.bench import command
 from verl_pte.bench.__main__ import app
-from verl_pte.bench.learning import plan, plots, report, tasks, training
+from verl_pte.bench.learning import cells, plan, plots, report, tasks, training
 from verl_pte.bench.learning.base import BaseSettings, base_path, untrained
 from verl_pte.bench.learning.cells import Cell, run, warm_cell
 from verl_pte.bench.learning.evaluate import accuracy, test_examples
@@ -247,19 +251,32 @@ def test_cell_runs_once(folder) -> None:
 
 def test_cells_of_other_settings_have_other_names() -> None:
     cells = plan.full(3)
-    assert len({cell.name for cell in cells}) == len(cells)
+    one = cells[0]
+    others = {"task": "tracking", "method": "lora_c", "way": "grpo", "seed": 9, "works": (1, 2), "knobs": {"rank": 4}}
+    others |= {"cosine": False, "full_reference": False}
+    for name in {f.name for f in dataclasses.fields(Cell)} - {"base", "far"}:
+        other = others.get(name, getattr(one, name) if name in others else 7)
+        assert dataclasses.replace(one, **{name: other}).name != one.name, name
     for task in KINDS:
         for way in ("supervised", "grpo"):
             seen = {(c.method, c.seed) for c in cells if (c.task, c.way, c.warm) == (task, way, 0) and not c.knobs}
             assert seen >= {(m, s) for m in METHODS if m != "base" for s in range(3)}
 
 
-def test_grpo_starts_from_the_distilled_adapter(folder) -> None:
+def test_grpo_starts_from_the_distilled_adapter(folder, monkeypatch) -> None:
+    started, grpo = {}, training.grpo
+
+    def note(model, *args):
+        started.update({k: v.clone() for k, v in get_peft_model_state_dict(model).items()})
+        return grpo(model, *args)
+
+    monkeypatch.setattr(training, "grpo", note)
     cell = small_cell(way="grpo", warm=3, steps=1, lr=0.0)
     found = run(cell, folder)
     warm = json.loads((folder / "cells" / f"{warm_cell(cell).name}.json").read_text())
     assert found["history"][0] == warm["history"][-1] | {"step": 0}
-    assert (folder / "adapters" / warm_cell(cell).name / "adapter_model.safetensors").exists()
+    kept = load_file(folder / "adapters" / warm_cell(cell).name / "adapter_model.safetensors")
+    assert kept.keys() == started.keys() and all(torch.equal(kept[name], started[name]) for name in kept)
 
 
 def test_failure_is_a_finding(tmp_path) -> None:
@@ -307,3 +324,29 @@ def test_command_reports_what_is_there(folder, monkeypatch) -> None:
     assert {knob: [plots._value(row, knob) for row in rows] for knob, rows in swept.items()} == {"window": [8, 16, 16]}
     bad = CliRunner().invoke(app, ["learning", "--only", "nothing", "--output", str(folder)])
     assert bad.exit_code == 2 and "--only nothing: no cell has this in its name" in bad.output
+
+
+def test_errors_of_the_machine_are_no_findings(folder, monkeypatch) -> None:
+    monkeypatch.setattr(training, "supervised", lambda *args: (_ for _ in ()).throw(RuntimeError("no memory")))
+    with pytest.raises(RuntimeError, match="no memory"):
+        run(small_cell(), folder)
+    assert not list(folder.glob("cells/*.json"))
+
+
+def test_two_processes_may_keep_the_same_adapter(folder) -> None:
+    cells._keep_adapter(small_model(), folder / "adapters" / "one")
+    cells._keep_adapter(small_model(), folder / "adapters" / "one")
+    assert [path.name for path in (folder / "adapters").iterdir()] == ["one"]
+
+
+def test_plots_are_left_out_without_matplotlib(folder, monkeypatch) -> None:
+    monkeypatch.setattr(plan, "full", lambda seeds: [small_cell()])
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    done = CliRunner().invoke(app, ["learning", "--output", str(folder), "--jobs", "1"])
+    assert done.exit_code == 0 and "matplotlib: pip install 'verl-pte[docs]'" in done.output
+    assert not list(folder.glob("*.png"))
+
+
+def test_command_refuses_more_seeds_than_it_has_intervals_for(tmp_path) -> None:
+    done = CliRunner().invoke(app, ["learning", "--seeds", "11", "--output", str(tmp_path)])
+    assert done.exit_code == 2 and "--seeds 11, --jobs 2: must be 1 to 10" in done.output

@@ -5,9 +5,12 @@ import torch
 from test_gradients import DifferentiableOracle, problem, worst_relative
 from tiny import random_tokens, tiny_model, tiny_pte
 
-from verl_pte import SamplingParams
+from verl_pte import PTEConfig, SamplingParams
 from verl_pte.core.reference import Oracle
 from verl_pte.distill import SelfDistillation
+from verl_pte.distill.ranks import Ranks
+from verl_pte.distill.run import load_student
+from verl_pte.distill.settings import WarmStartSettings
 from verl_pte.learner import Replay
 
 TEMPERATURE = 0.8
@@ -115,3 +118,18 @@ def test_micro_batches_do_not_change_the_gradient() -> None:
         assert divergence == pytest.approx(seen[0][0], rel=1e-5)
         for name, gradient in gradients.items():
             assert torch.allclose(gradient, seen[0][1][name], atol=1e-6), name
+
+
+def test_float16_is_refused(tmp_path):
+    tiny_model().half().save_pretrained(tmp_path)
+    settings = WarmStartSettings(model=str(tmp_path), pte=PTEConfig(window=16, block_size=8, rank=4))
+    with pytest.raises(ValueError, match="--dtype auto: the weights of .* are float16.*use bfloat16 or float32"):
+        load_student(settings, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("other", [0, 3, 5])
+def test_ranks_know_whether_they_agree(other, monkeypatch):
+    ranks = Ranks("cpu")
+    monkeypatch.setattr(ranks, "size", 2)
+    monkeypatch.setattr(ranks, "sum", lambda value, square: [value + other, square + other**2])
+    assert ranks.agree(3) == (other == 3)

@@ -86,6 +86,23 @@ FSDP = "actor_rollout_ref.actor.fsdp_config"
             r"attn_implementation=flash_attention_2: must be sdpa or eager with trainer\.device=cpu",
         ),
         (
+            [
+                "trainer.device=cuda",
+                f"+{MODEL}.override_config.attn_implementation=flash_attention_2",
+                f"{ROLLOUT}.dtype=float32",
+            ],
+            r"flash_attention_2: flash-attn computes in half precision, but actor_rollout_ref\.rollout\.dtype=float32",
+        ),
+        (
+            [
+                "trainer.device=cuda",
+                f"+{MODEL}.override_config.attn_implementation=flash_attention_2",
+                f"{ROLLOUT}.dtype=bfloat16",
+                f"++{FSDP}.mixed_precision.param_dtype=fp32",
+            ],
+            r"half precision, but actor_rollout_ref\.actor\.fsdp_config\.mixed_precision\.param_dtype=fp32",
+        ),
+        (
             [f"+{MODEL}.override_config.attn_implementation=flash_attention_3"],
             r"attn_implementation='flash_attention_3': must be one of sdpa, eager, flex_attention, flash_attention_2",
         ),

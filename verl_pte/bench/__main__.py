@@ -115,7 +115,7 @@ def _run(settings: Settings, output: Path, as_json: bool) -> None:
     console.print(report.tables(settings, rows, memory))
     if measured.equal_memory is not None:
         console.print(equal_memory.table(settings, measured.equal_memory))
-    console.print(f"engine: {settings.engine}   numbers: {json_file}   {drawn}", soft_wrap=True)
+    console.print(f"engine: {settings.engine}   numbers: {json_file}   {drawn}", soft_wrap=True, markup=False)
     if as_json:
         print_json(facts)
 

@@ -17,12 +17,12 @@ def option(help: str, default: Any, *flags: str) -> Any:
     return typer.Option(*flags, help=f"{help} Default: {default}.", show_default=False)
 
 
-def parse_lengths(text: str, example: str) -> tuple[int, ...]:
-    """Numbers with commas between. Raises ValueError."""
+def parse_lengths(text: str, example: str, name: str = "--lengths") -> tuple[int, ...]:
+    """Numbers with commas between, of the option `name`. Raises ValueError."""
     try:
         return tuple(int(length) for length in text.split(","))
     except ValueError:
-        raise ValueError(f"--lengths {text}: must be numbers with commas between, e.g. {example}") from None
+        raise ValueError(f"{name} {text}: must be numbers with commas between, e.g. {example}") from None
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def reported_errors() -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
-def draw_if_possible(path: Path, draw: Callable[[Path], None]) -> str:
+def draw_if_possible(path: Path, draw: Callable[[Path], Any]) -> str:
     """Draw the plot if matplotlib is there, which the benchmarks do without; says what came of it."""
     if find_spec("matplotlib") is None:
         return "no plot, which needs matplotlib: pip install 'verl-pte[docs]'"

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from verl_pte.bench import decode, decode_report, machine
 from verl_pte.bench.command import draw_if_possible, option, print_json, progress_bar, reported_errors
+from verl_pte.bench.configs import NAMED
 from verl_pte.bench.decode_settings import QUICK, QUICK_CYCLES, DecodeSettings
 from verl_pte.bench.settings import DEVICES, DTYPES, Settings
 
@@ -27,7 +28,7 @@ def decode_command(
     rank: Annotated[int | None, option("Of the adapter.", _SIZES.rank)] = None,
     hidden_size: Annotated[int | None, option("Of the random Qwen2.", _SIZES.hidden_size)] = None,
     layers: Annotated[int | None, option("Of the random Qwen2.", _SIZES.layers)] = None,
-    model: Annotated[str | None, option("A config.json to take the model's sizes from.", "the random Qwen2")] = None,
+    model: Annotated[str | None, option(f"{', '.join(NAMED)}, or a config.json.", "the random Qwen2")] = None,
     dtype: Annotated[str | None, option(f"{', '.join(DTYPES)}.", _SIZES.dtype)] = None,
     device: Annotated[str | None, option(f"{', '.join(DEVICES)}.", _SIZES.device)] = None,
     threads: Annotated[int | None, option("On CPUs.", _SIZES.threads)] = None,
@@ -70,6 +71,6 @@ def _run(settings: DecodeSettings, output: Path, as_json: bool) -> None:
     json_file.write_text(json.dumps(facts | {"records": records}, indent=2) + "\n")
     drawn = draw_if_possible(plot, lambda path: decode_report.draw(settings, summary, path))
     console.print(decode_report.tables(settings, summary))
-    console.print(f"numbers: {json_file}   {drawn}", soft_wrap=True)
+    console.print(f"numbers: {json_file}   {drawn}", soft_wrap=True, markup=False)
     if as_json:
         print_json(facts)

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from verl_pte.bench import machine
+from verl_pte.bench.command import draw_if_possible, parse_lengths, print_json, reported_errors
 from verl_pte.bench.configs import NAMED, check_model, load_config
 from verl_pte.config import PTEConfig
 
@@ -119,10 +120,10 @@ def command(
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/bench"),
 ) -> None:
     """FLOPs of rollout and learner for LoRA with the full cache, LoRA_c and PTE, counted on the meta device."""
-    try:
+    with reported_errors():
         settings = FlopsSettings(
             model=model,
-            response_lengths=_parse(response_length),
+            response_lengths=parse_lengths(response_length, "3072,32768", "--response-length"),
             prompt_length=prompt_length,
             window=window,
             rank=rank,
@@ -130,17 +131,7 @@ def command(
             evict_fraction=evict_fraction,
             chunk_tokens=chunk_tokens,
         )
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    _run(settings, output, as_json)
-
-
-def _parse(lengths: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(length) for length in lengths.split(","))
-    except ValueError:
-        raise ValueError(f"--response-length {lengths}: must be numbers with commas between, e.g. 3072,32768") from None
+        _run(settings, output, as_json)
 
 
 def _run(settings: FlopsSettings, output: Path, as_json: bool) -> None:
@@ -164,13 +155,13 @@ def _run(settings: FlopsSettings, output: Path, as_json: bool) -> None:
         "commit": machine.commit(),
     }
     (output / "flops.json").write_text(json.dumps(content, indent=2) + "\n")
-    draw(settings, rows, output / "flops.png")
+    plot = draw_if_possible(output / "flops.png", lambda path: draw(settings, rows, path))
     if as_json:
-        print(json.dumps(content))
+        print_json(content)
         return
     console = Console()
     console.print(table(settings, content))
-    console.print(f"numbers: {output / 'flops.json'}   plot: {output / 'flops.png'}", soft_wrap=True)
+    console.print(f"numbers: {output / 'flops.json'}   {plot}", soft_wrap=True, markup=False)
 
 
 def table(settings: FlopsSettings, content: dict[str, Any]) -> Group:

@@ -47,7 +47,8 @@ def warm_start(
     top_p: Annotated[float, typer.Option(help="Of the teacher's answers.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the adapter, the order of prompts and the answers.")] = 0,
     dtype: Annotated[
-        str, typer.Option(help="Of the base: auto is the checkpoint's. The adapter is trained in float32.")
+        str,
+        typer.Option(help="Of the base: auto is the checkpoint's, if not float16. The adapter is float32."),
     ] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 10,

@@ -31,6 +31,8 @@ class Ranks:
             if not torch.cuda.is_available():
                 raise ValueError(f"--device {device}: this PyTorch sees no CUDA device; use cpu")
             if self.size > 1:
+                if "LOCAL_RANK" not in os.environ:
+                    raise ValueError(f"WORLD_SIZE={self.size} without LOCAL_RANK: start all ranks with torchrun")
                 self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             if self.device.index is not None:
                 torch.cuda.set_device(self.device)
@@ -56,6 +58,11 @@ class Ranks:
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
         return sums.tolist()
+
+    def agree(self, value: int) -> bool:
+        """Whether all ranks have the same."""
+        total, squares = self.sum(value, value**2)
+        return total**2 == squares * self.size  # equality of Cauchy-Schwarz
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter], weight: float) -> None:
         """Replace each gradient by the sum over ranks of `weight` times theirs."""

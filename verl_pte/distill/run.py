@@ -40,11 +40,17 @@ class StepRecord:
 
 
 def load_student(settings: WarmStartSettings, device: torch.device) -> PeftModel:
-    """The base with a new adapter, the same for the same seed."""
+    """The base with a new adapter, the same for the same seed. Raises ValueError for a base in float16."""
     dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return load(settings.model, None, copy.deepcopy(settings.pte), dtype).to(device)  # PEFT writes to its config
+        student = load(settings.model, None, copy.deepcopy(settings.pte), dtype)  # PEFT writes to its config
+    if student.dtype == torch.float16:
+        raise ValueError(
+            f"--dtype {settings.dtype}: the weights of {settings.model} are float16, in which gradients vanish; use "
+            "bfloat16 or float32"
+        )
+    return student.to(device)
 
 
 class WarmStart:
@@ -119,7 +125,10 @@ class WarmStart:
         answers = [output.token_ids for output in self.distillation.rollouts(prompts, sampling)]
         self.optimizer.zero_grad()
         found = self.distillation.backward(prompts, answers, micro_batch=self.settings.micro_batch)
-        tokens, divergence = self.ranks.sum(found.num_tokens, found.divergence * found.num_tokens)
+        ratio, has_ratio = (0.0, 0) if math.isnan(found.update_ratio) else (found.update_ratio, 1)
+        tokens, divergence, ratios, num_ratios = self.ranks.sum(
+            found.num_tokens, found.divergence * found.num_tokens, ratio, has_ratio
+        )
         self.ranks.sum_gradients(self.parameters.values(), found.num_tokens / tokens)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.grad_norm))
         if not math.isfinite(norm):
@@ -136,7 +145,7 @@ class WarmStart:
             grad_norm=norm,
             lr=self.plan.learning_rate(step),
             tokens=int(tokens),
-            update_ratio=None if math.isnan(found.update_ratio) else found.update_ratio,
+            update_ratio=ratios / num_ratios if num_ratios else None,
             seconds=time.perf_counter() - started,
         )
 
@@ -154,4 +163,10 @@ class WarmStart:
                 for name, parameter in self.parameters.items():
                     parameter.copy_(state["adapter"][name])
             self.optimizer.load_state_dict(state["optimizer"])
-        return 0 if state is None else state["steps"]
+        steps = 0 if state is None else state["steps"]
+        if not self.ranks.agree(steps):
+            raise ValueError(
+                f"--output {self.folder.path}: rank {self.ranks.rank} finds {steps} steps done there, other ranks "
+                "another number; it must be a folder that all of them share"
+            )
+        return steps

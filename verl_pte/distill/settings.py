@@ -13,8 +13,8 @@ import yaml
 
 from verl_pte.config import PTEConfig
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-# They move memory and speed, and results by rounding at most: a run may be continued under others of these.
+DTYPES = ("auto", "float32", "bfloat16")
+# They move memory and speed, and results by rounding (which may turn a sampled answer): a run may go on under others.
 _MAY_CHANGE = ("micro_batch", "max_num_seqs", "save_every", "device", "pte.kv_store", "pte.chunk_tokens")
 
 

@@ -3,7 +3,8 @@
 The method's own objective is that the policy under a bounded cache should act like the one that sees everything
 (paper, section 3). Taken at its word, that needs neither labels nor reward: the base model without adapter and with
 its full cache answers the prompts, and the adapter under its window is trained to give the same distribution at every
-token of those answers. Reward alone does not get the memory path started (docs/results.md); after this it trains it.
+token of those answers. docs/results.md has what it recovers, and what
+reward adds after it.
 
 Teacher and student are one set of weights, with the adapter switched off and on, so what the teacher thought is kept
 as hidden states and turned into logits by the shared output layer, a call at a time (learner/replay.py).
@@ -12,8 +13,10 @@ Left out: optimizers, checkpoints and prompts (the rest of this package), and sh
 called outside the model's forward, where FSDP has not gathered it.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -30,7 +33,7 @@ class DistillResult:
 
     divergence: float  # KL(teacher || student) in nats, mean over response tokens
     num_tokens: int
-    update_ratio: float  # as in ReplayOutput; of the last micro-batch
+    update_ratio: float  # as in ReplayOutput; mean over the micro-batches in which something was evicted
 
 
 class SelfDistillation:
@@ -91,7 +94,7 @@ class SelfDistillation:
         """
         as_tensors = [[torch.as_tensor(s, dtype=torch.long) for s in sequences] for sequences in (prompts, responses)]
         num_tokens = sum(map(len, responses))
-        total, ratio = 0.0, float("nan")
+        total, ratios = 0.0, []
         size = micro_batch or len(prompts)
         for start in range(0, len(prompts), size):
             part = [tensors[start : start + size] for tensors in as_tensors]
@@ -100,8 +103,9 @@ class SelfDistillation:
             assert found.divergence is not None
             total += float(found.divergence.sum())  # zero beyond a response's end
             replay.backward(None, d_divergence=found.mask / num_tokens)
-            ratio = found.update_ratio
-        return DistillResult(total / num_tokens, num_tokens, ratio)
+            if not math.isnan(found.update_ratio):
+                ratios.append(found.update_ratio)
+        return DistillResult(total / num_tokens, num_tokens, mean(ratios) if ratios else math.nan)
 
     def _teach(self, prompts: list[Tensor], responses: list[Tensor]) -> Tensor:
         """The teacher's hidden states at the response tokens: [B, T, M]."""

@@ -73,6 +73,7 @@ def _check_trainer(config: Any) -> None:
     )
     require(config, "trainer.use_v1", True, why, prefix="")
     _check_strategy(config)
+    _check_attention(config)
     for key in ("actor.ulysses_sequence_parallel_size", "actor.fsdp_config.ulysses_sequence_parallel_size"):
         require(
             config.actor_rollout_ref, key, 1, "the replay runs a sequence's segments one after the other on one rank"
@@ -123,15 +124,6 @@ def _check_strategy(config: Any) -> None:
     if actor.strategy == "fsdp" and config.trainer.device == "cpu":
         raise ValueError(
             "actor_rollout_ref.actor.strategy=fsdp: must be fsdp2 with trainer.device=cpu, FSDP1 needs GPUs"
-        )
-    from verl_pte.core.attention import NEEDS_GPU
-
-    override = config.actor_rollout_ref.model.get("override_config", None) or {}
-    attention = override.get("attn_implementation", "sdpa")
-    if attention in NEEDS_GPU and config.trainer.device == "cpu":
-        raise ValueError(
-            f"actor_rollout_ref.model.override_config.attn_implementation={attention}: must be sdpa or eager with "
-            "trainer.device=cpu, its gradients need GPUs"
         )
     dtype = actor.fsdp_config.get("model_dtype", None)
     if dtype is not None and not PrecisionType.is_fp32(dtype):
@@ -193,6 +185,29 @@ def _check_native_rollout(rollout: Any) -> None:
     defaults = RolloutConfig(name=ROLLOUT)
     for key in _OPTIONS_OF_OTHER_ENGINES:
         require(rollout, key, getattr(defaults, key), why, prefix=prefix)
+
+
+def _check_attention(config: Any) -> None:
+    from verl.utils.torch_dtypes import PrecisionType
+
+    from verl_pte.core.attention import NEEDS_GPU
+
+    parts = config.actor_rollout_ref
+    attention = (parts.model.get("override_config", None) or {}).get("attn_implementation", "sdpa")
+    if attention not in NEEDS_GPU:
+        return
+    key = f"actor_rollout_ref.model.override_config.attn_implementation={attention}"
+    if config.trainer.device == "cpu":
+        raise ValueError(f"{key}: must be sdpa or eager with trainer.device=cpu, its gradients need GPUs")
+    if attention == "flash_attention_2":
+        mixed = parts.actor.fsdp_config.get("mixed_precision", None) or {}
+        precisions = {
+            "rollout.dtype": parts.rollout.get("dtype", "bfloat16"),
+            "actor.fsdp_config.mixed_precision.param_dtype": mixed.get("param_dtype", "bf16"),
+        }
+        for name, dtype in precisions.items():
+            if PrecisionType.is_fp32(dtype):
+                raise ValueError(f"{key}: flash-attn computes in half precision, but actor_rollout_ref.{name}={dtype}")
 
 
 def _check_model_files(config: Any, pte: Any) -> None:

@@ -3,7 +3,7 @@
 It stands for the pretrained model of a real run, which can do the reasoning as long as it sees all of it. Everything
 else in this benchmark freezes it. Kept on disk by task, sizes and seed, so that methods share one base.
 
-Left out: adapters (supervised.py, grpo.py, distilled.py).
+Left out: adapters (training.py).
 """
 
 import dataclasses
@@ -44,8 +44,13 @@ class BaseSettings:
     seed: int = 0
 
 
+class TrainingFailure(RuntimeError):
+    """Training that ended without a model: a finding, and no fault of the machine."""
+
+
 def trained_base(task: Task, settings: BaseSettings, folder: Path, progress: Any = None) -> PreTrainedModel:
-    """The base of these settings, from `folder` if it is there. Raises RuntimeError if training does not solve it."""
+    """The base of these settings, from `folder` if it is there. Raises TrainingFailure if training does not solve
+    it."""
     path = base_path(task, settings, folder)
     if not (path / "config.json").exists():
         model = untrained(task, settings)
@@ -115,6 +120,6 @@ def _train(model: PreTrainedModel, task: Task, settings: BaseSettings, progress:
         if good == 40:
             return
     if min(answer, chain) < 0.9:
-        raise RuntimeError(
+        raise TrainingFailure(
             f"the base did not learn {task.kind} in {settings.steps} steps: answer {answer:.2f}, chain {chain:.2f}"
         )

@@ -11,6 +11,7 @@ Left out: which cells a report has (plan.py) and what is read off them (report.p
 import dataclasses
 import json
 import os
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 
 from verl_pte.bench import machine
 from verl_pte.bench.learning import main_ppo, training
-from verl_pte.bench.learning.base import BaseSettings, trained_base
+from verl_pte.bench.learning.base import BaseSettings, TrainingFailure, trained_base
 from verl_pte.bench.learning.evaluate import accuracy, test_examples
 from verl_pte.bench.learning.methods import METHODS, pte_settings
 from verl_pte.bench.learning.tasks import Task
@@ -87,8 +88,8 @@ class Cell:
 def run(cell: Cell, folder: Path, progress: Any = None) -> dict[str, Any]:
     """What a cell found, from its file if it is there.
 
-    `progress` is told what is being done and how many optimizer steps were. A cell that fails (gradients that are not
-    finite, a base that did not learn) is a finding too: its file says so.
+    `progress` is told what is being done and how many optimizer steps were. Training that fails (gradients that are not
+    finite, a base that did not learn) is a finding too: the file says so. Other errors leave no file.
     """
     path = folder / "cells" / f"{cell.name}.json"
     if path.exists():
@@ -98,7 +99,7 @@ def run(cell: Cell, folder: Path, progress: Any = None) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         found: dict[str, Any] = _train(cell, folder, tell)
-    except RuntimeError as error:
+    except TrainingFailure as error:
         found = {"failure": str(error)}
     found = {
         "cell": dataclasses.asdict(cell),
@@ -143,7 +144,7 @@ def _train(cell: Cell, folder: Path, tell: Any) -> dict[str, Any]:
                 history.append({"step": step + 1, **accuracy(model, task, examples)._asdict()})
             tell(f"{cell.name}: answer {history[-1]['answer']:.2f}", 1)
     if cell.way == "distilled":
-        model.save_pretrained(folder / "adapters" / cell.name)
+        _keep_adapter(model, folder / "adapters" / cell.name)
     far = []
     for work in cell.far:
         further = test_examples(task, (work, work), max(64, cell.tests // 4))
@@ -211,5 +212,15 @@ def _warm_adapter(cell: Cell, folder: Path, tell: Any) -> Path:
         else:
             run(warm, folder, tell)
     if not (path / "adapter_model.safetensors").exists():
-        raise RuntimeError(f"its warm start failed: {warm.name}")
+        raise TrainingFailure(f"its warm start failed: {warm.name}")
     return path
+
+
+def _keep_adapter(model: PeftModel, path: Path) -> None:
+    """All of it or nothing; another process may be making the same."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    model.save_pretrained(scratch)
+    try:
+        scratch.rename(path)
+    except OSError:  # it is there
+        shutil.rmtree(scratch)

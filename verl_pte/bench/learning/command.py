@@ -9,9 +9,11 @@ import typer
 from rich.console import Console
 
 from verl_pte.bench import machine
+from verl_pte.bench.command import draw_if_possible, print_json
 from verl_pte.bench.learning import plan, plots, report
 from verl_pte.bench.learning.cells import Cell
 from verl_pte.bench.learning.pool import run_all
+from verl_pte.bench.learning.report import MAX_SEEDS
 
 WINDOW = 16  # of all cells but a sweep's
 
@@ -31,8 +33,8 @@ def learning_command(
     Cells that OUTPUT already holds are not run again, so an interrupted report goes on where it was. Writes
     learning.json, learning.md and plots. With --quick the last line printed is one JSON object.
     """
-    if seeds < 1 or jobs < 1:
-        typer.echo(f"error: --seeds {seeds}, --jobs {jobs}: must be at least 1", err=True)
+    if not 1 <= seeds <= MAX_SEEDS or jobs < 1:
+        typer.echo(f"error: --seeds {seeds}, --jobs {jobs}: must be 1 to {MAX_SEEDS}, and at least 1", err=True)
         raise typer.Exit(2)
     cells = plan.quick() if quick else [c for c in plan.full(seeds) if only in c.name]
     if not cells:
@@ -47,8 +49,11 @@ def learning_command(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from None
     write(found, cells, folder, console)
+    if quick and len(found) < len(cells):
+        typer.echo(f"error: {len(cells) - len(found)} of {len(cells)} cells are missing: run it again", err=True)
+        raise typer.Exit(1)
     if quick:
-        print(json.dumps(_verdict(found) | {"seconds": round(time.perf_counter() - start)}))
+        print_json(_verdict(found) | {"seconds": round(time.perf_counter() - start)})
 
 
 def write(found: list[dict[str, Any]], cells: list[Cell], folder: Path, console: Console) -> None:
@@ -64,10 +69,11 @@ def write(found: list[dict[str, Any]], cells: list[Cell], folder: Path, console:
     }
     (folder / "learning.json").write_text(json.dumps(content, indent=1) + "\n")
     (folder / "learning.md").write_text(report.markdown(rows))
-    plots.draw(rows, WINDOW, folder)
+    plot = draw_if_possible(folder, lambda path: plots.draw(rows, WINDOW, path))
     console.print(report.table(rows))
     missing = len(cells) - len(found)
-    console.print(f"report: {folder}" + (f"; {missing} cells are missing, run it again" if missing else ""))
+    ending = f"; {missing} cells are missing, run it again" if missing else ""
+    console.print(f"report: {folder}   {plot}{ending}", soft_wrap=True, markup=False)
 
 
 def _verdict(found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """GRPO of a cell through verl itself: ``python -m verl.trainer.main_ppo`` on the recipe of tiny models.
 
-The same task, base, adapter and settings as training.grpo, so that what this benchmark's short loop shows can be seen
-in a real run too: verl's controller, sampler, rewards and optimizer with this package's rollout and learner.
+The same task, base, adapter, loss and optimizer settings as training.grpo (the encoders have no rate of their own), so
+that what this benchmark's short loop shows can be seen in a real run too: verl's controller, sampler, rewards and
+optimizer with this package's rollout and learner.
 
 Left out: verl. It runs in processes of its own.
 """
@@ -99,7 +100,8 @@ def _overrides(run: Run) -> list[str]:
         "actor_rollout_ref.actor.optim.lr": optimization.lr,
         "actor_rollout_ref.actor.optim.lr_warmup_steps": optimization.warmup,
         "actor_rollout_ref.actor.optim.lr_scheduler_type": "cosine" if optimization.cosine else "constant",
-        "actor_rollout_ref.actor.optim.min_lr_ratio": 0.1,
+        "actor_rollout_ref.actor.optim.min_lr_ratio": training.LOWEST,
+        "actor_rollout_ref.actor.optim.betas": list(training.BETAS),
         "actor_rollout_ref.actor.ppo_mini_batch_size": settings.prompts,
         "actor_rollout_ref.actor.use_kl_loss": settings.kl > 0,
         "actor_rollout_ref.actor.kl_loss_coef": settings.kl,

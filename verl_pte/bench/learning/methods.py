@@ -9,7 +9,7 @@ from verl_pte.config import PTEConfig
 
 
 class Method(NamedTuple):
-    """A title, and the settings that differ from `Setup`'s."""
+    """A title, and the settings that differ from `pte_settings`' small ones."""
 
     title: str
     knobs: dict[str, Any]

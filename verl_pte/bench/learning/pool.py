@@ -27,7 +27,7 @@ def run_all(
 ) -> list[dict[str, Any]]:
     """What the cells found, in their order, without those that `minutes` left no time for.
 
-    Raises RuntimeError if a base does not learn its task.
+    Raises TrainingFailure if a base does not learn its task. Of other errors the console is told, and the rest goes on.
     """
     done = [cell for cell in cells if (folder / "cells" / f"{cell.name}.json").exists()]
     context = multiprocessing.get_context("spawn")
@@ -53,8 +53,8 @@ def run_all(
             except queue.Empty:
                 pass
 
-        def drain(work: list[tuple[Callable[..., Any], tuple]], on_done: Callable[[], None]) -> list[Any]:
-            todo, running, results = list(work), set[Future[Any]](), []
+        def drain(work: list[tuple[Callable[..., Any], tuple]], on_done: Callable[[str | None], None]) -> None:
+            todo, running = list(work), set[Future[Any]]()
             while todo or running:
                 late = end is not None and time.monotonic() > end
                 while todo and len(running) < jobs and not late:
@@ -64,15 +64,19 @@ def run_all(
                     break
                 finished, running = wait(running, timeout=0, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    results.append(future.result())
-                    on_done()
+                    on_done(future.result())
                 show(0.2)
-            return results
+
+        def end_cell(error: str | None) -> None:
+            if error is None:
+                bar.advance(overall)
+            else:
+                console.print(f"failed, and left for another run: {error}", markup=False)
 
         missing = [cell for cell in cells if cell not in done]
         bases = {(cell.task, cell.base): cell for cell in missing}
-        drain([(_base, (cell, folder)) for cell in bases.values()], lambda: None)
-        drain([(_cell, (cell, folder)) for cell in missing], lambda: bar.advance(overall))
+        drain([(_base, (cell, folder)) for cell in bases.values()], lambda error: None)
+        drain([(_cell, (cell, folder)) for cell in missing], end_cell)
     return [run(c, folder) for c in cells if (folder / "cells" / f"{c.name}.json").exists()]
 
 
@@ -95,5 +99,10 @@ def _base(cell: Cell, folder: Path) -> None:
     trained_base(Task(cell.task), cell.base, folder / "bases", _tell)
 
 
-def _cell(cell: Cell, folder: Path) -> None:
-    run(cell, folder, _tell)
+def _cell(cell: Cell, folder: Path) -> str | None:
+    """What went wrong, if anything did."""
+    try:
+        run(cell, folder, _tell)
+    except Exception as error:  # the machine's fault, not a finding: other cells go on
+        return f"{cell.name}: {type(error).__name__}: {error}"
+    return None

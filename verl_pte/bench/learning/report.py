@@ -16,6 +16,7 @@ from verl_pte.bench.learning.cells import BLOCK
 from verl_pte.bench.learning.methods import METHODS
 
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by number of seeds
+MAX_SEEDS = max(_T95)
 _KEYS = ("task", "way", "method", "warm", "steps", "lr", "cosine", "encoder_lr", "kl", "full_reference", "knobs")
 WAYS = {"supervised": "supervised", "distilled": "warm start", "grpo": "GRPO", "main_ppo": "GRPO in verl"}
 

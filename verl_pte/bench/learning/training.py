@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from verl_pte.bench.learning.base import TrainingFailure
 from verl_pte.bench.learning.tasks import Example, Task
 from verl_pte.distill import SelfDistillation
 from verl_pte.engine import RolloutEngine, SamplingParams
@@ -22,6 +23,8 @@ from verl_pte.learner import Replay
 from verl_pte.peft import pte_config
 
 Step = Callable[[int], dict[str, float]]
+BETAS = (0.9, 0.98)
+LOWEST = 0.1  # of the highest learning rate, at a cosine's end
 _TEACHER_STEPS = 8
 
 
@@ -44,7 +47,12 @@ class Optimization:
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
         warm = min(1.0, (step + 1) / self.warmup)
-        return self.lr * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / self.steps)) if self.cosine else 1.0)
+        return self.lr * warm * self._decay(step)
+
+    def _decay(self, step: int) -> float:
+        if not self.cosine:
+            return 1.0
+        return LOWEST + (1 - LOWEST) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
 def optimize(model: nn.Module, settings: Optimization, step: Step) -> Iterator[tuple[int, dict[str, float]]]:
@@ -52,7 +60,7 @@ def optimize(model: nn.Module, settings: Optimization, step: Step) -> Iterator[t
     encoders = [p for n, p in model.named_parameters() if p.requires_grad and "encoder" in n]
     others = [p for n, p in model.named_parameters() if p.requires_grad and "encoder" not in n]
     groups = [{"params": others, "scale": 1.0}] + [{"params": encoders, "scale": settings.encoder_lr}] * bool(encoders)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=BETAS)
     for i in range(settings.steps):
         for group in optimizer.param_groups:
             group["lr"] = settings.rate(i) * group["scale"]
@@ -60,7 +68,7 @@ def optimize(model: nn.Module, settings: Optimization, step: Step) -> Iterator[t
         measured = step(i)
         norm = nn.utils.clip_grad_norm_([*others, *encoders], 1.0)
         if not torch.isfinite(norm):
-            raise RuntimeError(f"step {i}: the gradients are not finite")
+            raise TrainingFailure(f"step {i}: the gradients are not finite")
         optimizer.step()
         yield i, measured | {"grad_norm": float(norm)}
 
