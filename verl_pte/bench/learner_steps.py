@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from verl_pte.bench.engines import native_device
 from verl_pte.bench.learner_settings import LearnerSettings
 from verl_pte.bench.models import random_prompts
 from verl_pte.learner import Replay
@@ -64,13 +65,6 @@ def make_batch(settings: LearnerSettings, vocab_size: int, length: int) -> Batch
     return Batch(prompts, list(responses), -advantages_BT / advantages_BT.numel())
 
 
-def place(settings: LearnerSettings) -> torch.device:
-    """The device a run asks for."""
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(settings.device)
-
-
 class ReplayStep:
     """Both passes of the replay."""
 
@@ -80,7 +74,7 @@ class ReplayStep:
 
         import verl_pte.peft  # noqa: F401  registers the method with PEFT
 
-        self.device, self.chunk_tokens = place(settings), settings.chunk_tokens
+        self.device, self.chunk_tokens = torch.device(native_device(settings)), settings.chunk_tokens
         dtype = getattr(torch, settings.dtype)
         base = AutoModelForCausalLM.from_pretrained(models / "base", dtype=dtype)
         model = PeftModel.from_pretrained(base, models / method, is_trainable=True)
@@ -117,7 +111,7 @@ class PeftStep:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        self.device = place(settings)
+        self.device = torch.device(native_device(settings))
         dtype = getattr(torch, settings.dtype)
         base = AutoModelForCausalLM.from_pretrained(models / "base", dtype=dtype, attn_implementation="sdpa")
         base.enable_input_require_grads()
