@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from verl_pte.bench.engines import native_device
 from verl_pte.bench.learner_settings import LearnerSettings
-from verl_pte.bench.learner_steps import Batch, place
+from verl_pte.bench.learner_steps import Batch
 
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -23,7 +24,7 @@ class VerlStep:
     """``FSDPEngineWithLMHead.forward_backward_batch`` on one micro-batch."""
 
     def __init__(self, settings: LearnerSettings, models: Path) -> None:
-        self.device = place(settings)
+        self.device = torch.device(native_device(settings))
         on_gpu = self.device.type == "cuda"
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         if not on_gpu:
