@@ -16,25 +16,26 @@ logits because they are a vocabulary's share of the size; they come from a repla
 Memory is one call's activations, the K/V store (store.py) and 4 * rank^2 bytes per layer, sequence and call for the
 states.
 
+Left out: what a call's logits are turned into (scores.py), and which tokens it runs (plan.py).
+
 Under FSDP2 every rank must make the same calls: pass `group`, and ranks that have fewer run idle ones.
 
-Shape suffixes: B sequences, N tokens of a call, T longest response, V vocabulary, M hidden size.
+Shape suffixes: B sequences, N tokens of a call, T longest response, M hidden size.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from verl_pte.core import flash
-from verl_pte.core.attention import attention_inputs, selected
 from verl_pte.core.schedule import Schedule
 from verl_pte.learner.cache import CallCache
 from verl_pte.learner.plan import Call, ReplayPlan
+from verl_pte.learner.scores import Scorer
 from verl_pte.learner.store import GradientRing, KVStore
 from verl_pte.peft import pte_config
 
@@ -51,16 +52,6 @@ class ReplayOutput:
     num_evictions: list[int]  # per sequence
     state_norm: float  # mean ||S|| before an update, over layers and evictions; nan if nothing was evicted
     update_ratio: float  # mean ||S'|| / ||S||, S' before rescaling
-
-
-class Scores(NamedTuple):
-    """What a call says of its predicting columns, N of them."""
-
-    log_probs_BN: Tensor
-    entropy_BN: Tensor | None
-    divergence_BN: Tensor | None
-    hidden_BNM: Tensor | None
-    anchor: Tensor  # a zero that keeps the whole graph in backward
 
 
 class Replay:
@@ -104,8 +95,7 @@ class Replay:
                 if len(sequence) == 0:
                     raise ValueError(f"{kind} {b} is empty: a replay needs at least one prompt and one response token")
         config = pte_config(model)
-        self.model, self.config, self.entropy, self.progress = model, config, entropy, progress
-        self.teacher, self.keep_hidden = teacher, keep_hidden
+        self.model, self.config, self.progress = model, config, progress
         self.gradient = gradient or config.gradient
         self.on_host = (kv_store or config.kv_store) == "host"
         self.device = next(model.parameters()).device
@@ -125,7 +115,8 @@ class Replay:
                 "hidden size], the hidden states at the response tokens of these sequences"
             )
         self.num_calls = _agree(self.plan.num_calls, group, self.device)
-        self.temperature_B = torch.as_tensor(temperature, dtype=torch.float32, device=self.device).expand(len(prompts))
+        temperature_B = torch.as_tensor(temperature, dtype=torch.float32, device=self.device).expand(len(prompts))
+        self.scorer = Scorer(model, temperature_B, entropy=entropy, teacher=teacher, keep_hidden=keep_hidden)
         self.stores: list[KVStore] = []
         self._states: list[list[Tensor | None]] = []  # incoming, per call and layer
 
@@ -209,7 +200,7 @@ class Replay:
     def _forward_call(self, call: Call, states_in: list[Tensor | None], gathered: list[Tensor | None]) -> CallCache:
         """Run a call without gradients; keep its keys and values, write its scores to their places in `gathered`."""
         cache = self._cache(call, states_in)
-        scores = self._run(call, cache)
+        scores = self.scorer(call, cache)
         slots_BN = call.response_BN[:, call.columns]
         for i, found in enumerate(scores[:4]):
             if found is None:
@@ -237,7 +228,7 @@ class Replay:
         """
         cache = self._cache(call, states_in, grad=True)
         with torch.enable_grad():
-            scores = self._run(call, cache)
+            scores = self.scorer(call, cache)
             slots_BN = call.response_BN[:, call.columns]
             loss = scores.anchor
             for found_BN, d_found in zip(scores[:3], d_scores, strict=True):
@@ -275,58 +266,6 @@ class Replay:
                 if layer.evicted is not None and not constant:
                     layer.evicted = tuple(t.requires_grad_() for t in layer.evicted)
         return cache
-
-    def _run(self, call: Call, cache: CallCache) -> Scores:
-        """The model on one call."""
-        dtype = next(self.model.parameters()).dtype
-        columns: Any = torch.tensor(call.columns, device=self.device) if call.columns else 1
-        hidden: list[Tensor] = []
-        head = self.model.get_output_embeddings()
-        handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
-        try:
-            with selected(self.model.config, flash.REPLACES):
-                logits = self.model(
-                    input_ids=call.tokens_BN,
-                    position_ids=call.positions_BN,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=columns,
-                    **attention_inputs(call.mask(), call.valid_BN, self.model.config, dtype),
-                ).logits
-        finally:
-            handle.remove()
-        if not call.columns:  # the output layer ran all the same: under FSDP2 ranks call alike
-            empty = logits.new_zeros(self.plan.batch_size, 0, dtype=torch.float32)
-            return Scores(
-                empty,
-                empty if self.entropy else None,
-                empty if self.teacher is not None else None,
-                hidden[0][:, :0] if self.keep_hidden else None,
-                0.0 * logits.sum(),
-            )
-        logits_BNV = logits.float() / self.temperature_B[:, None, None]
-        logsumexp_BN = logits_BNV.logsumexp(-1)
-        picked_BN = logits_BNV.gather(-1, call.targets_BN[:, call.columns, None])[..., 0]
-        entropy_BN = divergence_BN = None
-        if self.entropy:
-            entropy_BN = logsumexp_BN - ((logits_BNV - logsumexp_BN[..., None]).exp() * logits_BNV).sum(-1)
-        if self.teacher is not None:
-            divergence_BN = self._divergence(call, head, logits_BNV - logsumexp_BN[..., None])
-        anchor = logits.new_zeros((), dtype=torch.float32)
-        kept_BNM = hidden[0] if self.keep_hidden else None
-        return Scores(picked_BN - logsumexp_BN, entropy_BN, divergence_BN, kept_BNM, anchor)
-
-    def _divergence(self, call: Call, head: nn.Module, log_probs_BNV: Tensor) -> Tensor:
-        """KL(teacher || model) at the predicting columns: [B, N]."""
-        assert self.teacher is not None
-        slots_BN = call.response_BN[:, call.columns]
-        with torch.no_grad():
-            # Slots of what predicts nothing lie one past the end; their gradient is zero, any hidden state will do.
-            last = self.teacher.shape[1] - 1
-            index_BNM = slots_BN.clamp(max=last)[..., None].expand(-1, -1, self.teacher.shape[2])
-            hidden_BNM = self.teacher.to(self.device).gather(1, index_BNM)
-            teacher_BNV = (head(hidden_BNM).float() / self.temperature_B[:, None, None]).log_softmax(-1)
-        return (teacher_BNV.exp() * (teacher_BNV - log_probs_BNV)).sum(-1)
 
     def _keep(self, call: Call, cache: CallCache) -> None:
         if not self.stores:
