@@ -243,8 +243,18 @@ def test_two_ranks_that_were_stopped_end_in_the_adapter_of_uninterrupted_ones(ra
     assert all(torch.equal(tensor, weights(output)[name]) for name, tensor in weights(ranks).items())
 
 
-def test_a_run_may_go_on_with_other_memory_settings_only(whole, folder):
-    assert run(folder, whole, "--micro-batch=1", "--max-num-seqs=2", "--pte=chunk_tokens=8").exit_code == 0
+def test_a_run_may_go_on_with_other_memory_settings_only(sampled, folder, monkeypatch):
+    """Stopped two steps after a checkpoint."""
+    output, add = folder / "other memory", RunFolder.add
+
+    def stop_after_step_5(self, record) -> None:
+        add(self, record)
+        if record["step"] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "add", stop_after_step_5)
+        assert run(folder, output, *SAMPLED).exit_code == 130
     for changed, message in (
         ("--lr=0.5", "--lr 0.5: --output"),
         ("--steps=9", "--steps 9: "),
@@ -252,9 +262,12 @@ def test_a_run_may_go_on_with_other_memory_settings_only(whole, folder):
         ("--max-prompt-length=500", "--max-prompt-length 500: "),
         ("--prompt-column=text", "--prompts 5 of digest"),
     ):
-        result = run(folder, whole, changed)
+        result = run(folder, output, *SAMPLED, changed)
         assert result.exit_code == 2 and message in result.output.replace("\n", " "), result.output
         assert "holds a run with" in result.output
+    result = run(folder, output, *SAMPLED, "--micro-batch=1", "--max-num-seqs=2", "--pte=chunk_tokens=8")
+    assert result.exit_code == 0 and "going on after step 3" in result.output, result.output
+    assert_same_to_rounding(sampled, output)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(folder, monkeypatch):
