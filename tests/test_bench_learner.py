@@ -76,24 +76,33 @@ def test_ratios_are_those_of_the_samples(result: Any) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_baselines_and_replay_compute_the_same(checkpointing: bool, tmp_path: Path) -> None:
-    """One loss: in a window that nothing leaves, with `lora_B` zero, all steps are the base model's."""
+def test_baseline_and_replay_compute_the_same(checkpointing: bool, tmp_path: Path) -> None:
+    """Loss and gradients: a frozen state is the identity, so without a window, or in one that nothing leaves, the
+    replay is PEFT LoRA. verl's engine is compared with PEFT in tests/verl/test_learner_baseline.py.
+    """
     from verl_pte.bench.learner_steps import PeftStep, ReplayStep, make_batch
     from verl_pte.bench.models import make_models
 
-    settings = LearnerSettings(**TINY | {"window": 256}, checkpointing=checkpointing)
+    settings = LearnerSettings(**TINY | {"window": 256}, num_seqs=2, checkpointing=checkpointing)
     make_models(settings, tmp_path)
     batch = make_batch(settings, 8192, 64)
-    losses = []
-    for step in (PeftStep(settings, tmp_path), ReplayStep(settings, "lora_c", tmp_path)):
-        for name, parameter in step.model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.zeros_(parameter)
-        step.prepare(batch)
-        losses.append(step.run()["loss"])
-        gradients = [p.grad for n, p in step.model.named_parameters() if "lora_B" in n]
-        assert all(g is not None and g.abs().sum() > 0 for g in gradients)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    peft = PeftStep(settings, tmp_path)
+    for method in ("full", "lora_c"):
+        replay = ReplayStep(settings, method, tmp_path)
+        ours = {n.replace("pte_adapter.default.", ""): p for n, p in replay.model.named_parameters() if "lora_" in n}
+        theirs = {n.replace("default.", ""): p for n, p in peft.model.named_parameters() if "lora_" in n}
+        assert ours.keys() == theirs.keys() and len(ours) == settings.layers * 7 * 2
+        for name, parameter in theirs.items():
+            parameter.data.copy_(ours[name])
+        losses = []
+        for step in (peft, replay):
+            step.prepare(batch)
+            losses.append(step.run()["loss"])
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        for name, parameter in theirs.items():
+            expected, found = parameter.grad, ours[name].grad
+            assert expected is not None and found is not None and expected.norm() > 0
+            assert (found - expected).norm() <= 1e-5 * expected.norm(), (method, name)
 
 
 @pytest.mark.parametrize("watched", [False, True])

@@ -92,7 +92,7 @@ def whole(folder) -> Path:
     return folder / "whole"
 
 
-SAMPLED = ("--temperature=1", "--batch-size=3", "--micro-batch=2")
+SAMPLED = ("--temperature=1", "--batch-size=3", "--micro-batch=2", "--seed=1")  # some answers end early
 
 
 @pytest.fixture(scope="module")
@@ -193,22 +193,68 @@ def test_killed_between_the_last_checkpoint_and_the_adapter(whole, folder, monke
     assert all(torch.equal(tensor, weights(output)[name]) for name, tensor in weights(whole).items())
 
 
-def test_two_ranks_train_what_one_does(sampled, folder):
-    """Shares of a step's three prompts are uneven."""
-    output = folder / "ranks"
+def assert_same_to_rounding(expected: Path, found: Path) -> None:
+    """Log and adapter of two runs that add up in other orders.
+
+    AdamW's steps are of size `lr` however small a gradient is, so rounding in the small ones counts for more than a
+    weight's own: over other seeds and settings, a tensor was off by up to 4e-5 of its norm, a logged number by 2e-6.
+    """
+    for left, right in zip(log(expected), log(found), strict=True):
+        assert left["tokens"] == right["tokens"]
+        for key in ("kl", "grad_norm"):
+            assert right[key] == pytest.approx(left[key], rel=2e-5), (left["step"], key)
+    adapter = weights(found)
+    assert adapter.keys() == weights(expected).keys()
+    for name, tensor in weights(expected).items():
+        assert (adapter[name] - tensor).norm() <= 2e-4 * tensor.norm(), name
+
+
+def two_ranks(folder: Path, output: Path) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
-    command = [*torchrun, COMMAND, *arguments(folder, output, *SAMPLED)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return [*torchrun, str(COMMAND), *arguments(folder, output, *SAMPLED)]
+
+
+@pytest.fixture(scope="module")
+def ranks(folder) -> Path:
+    """As `sampled`, by two ranks. Shares of a step's three prompts are uneven."""
+    done = subprocess.run(two_ranks(folder, folder / "ranks"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("adapter: ") == 1, "one rank speaks"
-    for expected, found in zip(log(sampled), log(output), strict=True):
-        assert expected["tokens"] == found["tokens"]
-        assert expected["kl"] == pytest.approx(found["kl"], rel=1e-3)
-        assert expected["grad_norm"] == pytest.approx(found["grad_norm"], rel=1e-2)
+    return folder / "ranks"
 
 
-def test_a_run_may_go_on_with_other_memory_settings_only(whole, folder):
-    assert run(folder, whole, "--micro-batch=1", "--max-num-seqs=2", "--pte=chunk_tokens=8").exit_code == 0
+def test_two_ranks_train_what_one_does(sampled, ranks):
+    assert_same_to_rounding(sampled, ranks)
+
+
+def test_two_ranks_that_were_stopped_end_in_the_adapter_of_uninterrupted_ones(ranks, folder):
+    output = folder / "stopped ranks"
+    process = subprocess.Popen(two_ranks(folder, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        path = output / "log.jsonl"
+        wait_for(lambda: path.exists() and path.read_text().count("\n") >= 4, process)
+    finally:
+        process.terminate()  # torchrun ends its ranks
+        process.wait()
+    assert (output / "checkpoint.pt").exists() and not (output / "adapter").exists()
+    done = subprocess.run(two_ranks(folder, output), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "going on after step" in done.stdout + done.stderr, done.stderr[-4000:]
+    assert log(output) == log(ranks)
+    assert all(torch.equal(tensor, weights(output)[name]) for name, tensor in weights(ranks).items())
+
+
+def test_a_run_may_go_on_with_other_memory_settings_only(sampled, folder, monkeypatch):
+    """Stopped two steps after a checkpoint."""
+    output, add = folder / "other memory", RunFolder.add
+
+    def stop_after_step_5(self, record) -> None:
+        add(self, record)
+        if record["step"] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "add", stop_after_step_5)
+        assert run(folder, output, *SAMPLED).exit_code == 130
     for changed, message in (
         ("--lr=0.5", "--lr 0.5: --output"),
         ("--steps=9", "--steps 9: "),
@@ -216,9 +262,12 @@ def test_a_run_may_go_on_with_other_memory_settings_only(whole, folder):
         ("--max-prompt-length=500", "--max-prompt-length 500: "),
         ("--prompt-column=text", "--prompts 5 of digest"),
     ):
-        result = run(folder, whole, changed)
+        result = run(folder, output, *SAMPLED, changed)
         assert result.exit_code == 2 and message in result.output.replace("\n", " "), result.output
         assert "holds a run with" in result.output
+    result = run(folder, output, *SAMPLED, "--micro-batch=1", "--max-num-seqs=2", "--pte=chunk_tokens=8")
+    assert result.exit_code == 0 and "going on after step 3" in result.output, result.output
+    assert_same_to_rounding(sampled, output)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(folder, monkeypatch):
