@@ -42,7 +42,7 @@ def draw(rows: Sequence[dict[str, Any]], window: int, folder: Path) -> list[Path
             axis.set_axis_off()
         for axis, (heading, members) in zip(axes.flat, panels.items(), strict=False):
             _PANELS[name](axis, members, window)
-            axis.set_title("\n".join(textwrap.wrap(heading, 52)), fontsize=9)
+            axis.set_title("\n".join(textwrap.wrap(heading, 44)), fontsize=9)
             axis.grid(alpha=0.3)
         path = folder / f"learning_{name}.png"
         figure.savefig(path, dpi=110)
