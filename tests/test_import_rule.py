@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "engine": {"core", "config", "peft", "engine"},
     "learner": {"core", "config", "peft", "learner"},
     "distill": {"core", "config", "peft", "engine", "learner", "distill"},
+    "rewards": {"rewards"},
     "vllm": {"core", "config", "peft", "engine", "vllm"},
     "verl": {"core", "config", "peft", "engine", "learner", "patches", "vllm", "verl"},
     "cli": {"core", "config", "peft", "engine", "distill", "vllm", "cli"},
