@@ -33,7 +33,14 @@ class Server:
 
     def __init__(self, process: subprocess.Popen, port: int) -> None:
         self.process, self.url = process, f"http://127.0.0.1:{port}"
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        # A connection for each request: an idle one might be closed by the server just when it is used again.
+        self.client = openai.OpenAI(
+            base_url=f"{self.url}/v1",
+            api_key="none",
+            max_retries=0,
+            timeout=120,
+            default_headers={"Connection": "close"},
+        )
 
     def ask(self, *texts: str, num_tokens: int = LONG, **more):
         """Greedy chat completion (or, with stream=True, its chunks)."""
