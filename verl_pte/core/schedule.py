@@ -115,8 +115,13 @@ class Schedule:
 
     def visible_before(self, prompt_len: int, position: int) -> list[int]:
         """Positions the token at `position` sees before itself, oldest first: the pinned ones, then the window."""
-        first = self.first_visible_thought(prompt_len, self.segment(prompt_len, position))
-        return [*range(min(self.pinned(prompt_len), position)), *range(first, position)]
+        pinned, oldest = self.visible_spans(prompt_len, position)
+        return [*range(pinned), *range(oldest, position)]
+
+    def visible_spans(self, prompt_len: int, position: int) -> tuple[int, int]:
+        """(pinned, oldest): before itself the token at `position` sees ``[0, pinned)`` and ``[oldest, position)``."""
+        oldest = self.first_visible_thought(prompt_len, self.segment(prompt_len, position))
+        return min(self.pinned(prompt_len), position), min(oldest, position)
 
     def full(self) -> "Schedule":
         """The same blocks without a window: nothing is ever evicted."""

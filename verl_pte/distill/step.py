@@ -3,8 +3,7 @@
 The method's own objective is that the policy under a bounded cache should act like the one that sees everything
 (paper, section 3). Taken at its word, that needs neither labels nor reward: the base model without adapter and with
 its full cache answers the prompts, and the adapter under its window is trained to give the same distribution at every
-token of those answers. docs/results.md has what it recovers, and what
-reward adds after it.
+token of those answers. docs/results.md has what it recovers.
 
 Teacher and student are one set of weights, with the adapter switched off and on, so what the teacher thought is kept
 as hidden states and turned into logits by the shared output layer, a call at a time (learner/replay.py).

@@ -133,11 +133,11 @@ class ReplayPlan:
         if chunk is None:
             return _Span(0, 0, 0, 0, 0, -1)
         prompt_len = self.prompt_lens[b]
-        oldest = min(chunk.start, self.schedule.first_visible_thought(prompt_len, chunk.segment))
+        pinned, oldest = self.schedule.visible_spans(prompt_len, chunk.start)
         return _Span(
             start=chunk.start,
             end=chunk.end,
-            pinned=min(chunk.start, self.schedule.pinned(prompt_len)),
+            pinned=pinned,
             oldest=oldest,
             segment_start=self.schedule.segment_start(prompt_len, chunk.segment),
             evicted_from=-1 if chunk.evicted is None else chunk.evicted[0],

@@ -2,8 +2,8 @@
 
     reward.custom_reward_function.path=<this file> reward.custom_reward_function.name=compute_score
 
-Equality is math-verify's: fractions, sets, intervals, units, LaTeX or plain. `acc` and `unparsed` appear in verl's
-validation metrics, so that a model that answers in the wrong form shows as such and not as one that cannot reckon.
+Equality is math-verify's: fractions, sets, intervals, units, LaTeX or plain. `unparsed` is returned beside the score,
+so that a model that answers in the wrong form can be told from one that cannot reckon.
 """
 
 from typing import Any

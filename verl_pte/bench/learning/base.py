@@ -49,8 +49,7 @@ class TrainingFailure(RuntimeError):
 
 
 def trained_base(task: Task, settings: BaseSettings, folder: Path, progress: Any = None) -> PreTrainedModel:
-    """The base of these settings, from `folder` if it is there. Raises TrainingFailure if training does not solve
-    it."""
+    """The base of these settings, from `folder` if it is there. Raises TrainingFailure if it is not solved."""
     path = base_path(task, settings, folder)
     if not (path / "config.json").exists():
         model = untrained(task, settings)
