@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from verl_pte import PTEConfig
 from verl_pte.bench import __main__ as command_line
 from verl_pte.bench import flops
-from verl_pte.bench.configs import NAMED, load_config
+from verl_pte.plan.configs import NAMED, load_config
 
 HIDDEN, MLP, VOCAB, HEADS, KV_HEADS, HEAD_DIM, RANK = 32, 48, 100, 4, 2, 8, 4
 SIZES = dict(

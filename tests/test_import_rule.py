@@ -25,10 +25,11 @@ MAY_IMPORT = {
     "engine": {"core", "config", "peft", "engine"},
     "learner": {"core", "config", "peft", "learner"},
     "distill": {"core", "config", "peft", "engine", "learner", "distill"},
+    "plan": {"core", "config", "peft", "engine", "learner", "plan"},
     "rewards": {"rewards"},
     "vllm": {"core", "config", "peft", "engine", "vllm"},
     "verl": {"core", "config", "peft", "engine", "learner", "patches", "vllm", "verl"},
-    "cli": {"core", "config", "peft", "engine", "distill", "vllm", "cli"},
+    "cli": {"core", "config", "peft", "engine", "distill", "plan", "vllm", "cli"},
     "bench": {
         "",
         "core",
@@ -37,6 +38,7 @@ MAY_IMPORT = {
         "engine",
         "learner",
         "distill",
+        "plan",
         "vllm",
         "bench",
     },  # names the version it measured

@@ -21,10 +21,10 @@ from verl_pte.bench.command import (
     progress_bar,
     reported_errors,
 )
-from verl_pte.bench.configs import NAMED
 from verl_pte.bench.decode_command import decode_command
 from verl_pte.bench.learning.command import learning_command
 from verl_pte.bench.settings import DEVICES, DTYPES, ENGINES, QUICK, Settings, default_engine
+from verl_pte.plan.configs import NAMED
 from verl_pte.vllm.version import require_version
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

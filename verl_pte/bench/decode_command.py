@@ -13,9 +13,9 @@ from rich.console import Console
 
 from verl_pte.bench import decode, decode_report, machine
 from verl_pte.bench.command import draw_if_possible, option, print_json, progress_bar, reported_errors
-from verl_pte.bench.configs import NAMED
 from verl_pte.bench.decode_settings import QUICK, QUICK_CYCLES, DecodeSettings
 from verl_pte.bench.settings import DEVICES, DTYPES, Settings
+from verl_pte.plan.configs import NAMED
 
 _SIZES, _CYCLES = Settings(), DecodeSettings(Settings()).cycles
 

@@ -19,8 +19,8 @@ from rich.text import Text
 
 from verl_pte.bench import machine
 from verl_pte.bench.command import draw_if_possible, parse_lengths, print_json, reported_errors
-from verl_pte.bench.configs import NAMED, check_model, load_config
 from verl_pte.config import PTEConfig
+from verl_pte.plan.configs import NAMED, check_model, load_config
 
 # As the JSON names them, with their titles; the ratios are to the first.
 METHODS = {"full": "full cache", "window": "LoRA_c", "pte": "PTE"}

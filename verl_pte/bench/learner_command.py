@@ -14,9 +14,9 @@ from rich.console import Console
 
 from verl_pte.bench import learner, learner_report, machine
 from verl_pte.bench.command import draw_if_possible, option, parse_lengths, print_json, progress_bar, reported_errors
-from verl_pte.bench.configs import NAMED
 from verl_pte.bench.learner_settings import BASELINES, QUICK, LearnerSettings
 from verl_pte.bench.settings import DEVICES, DTYPES
+from verl_pte.plan.configs import NAMED
 
 _DEFAULT = LearnerSettings()
 _LENGTHS = ",".join(map(str, _DEFAULT.lengths))

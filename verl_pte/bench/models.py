@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.utils import logging
 
-from verl_pte.bench.configs import load_config
 from verl_pte.bench.settings import HEAD_DIM, METHODS, Settings
 from verl_pte.config import PTEConfig
 from verl_pte.peft import attach
+from verl_pte.plan.configs import load_config
 
 VOCAB = 8192
 

@@ -6,8 +6,8 @@ Left out: how it is run (rollout.py) and what is made of the samples (report.py)
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from verl_pte.bench.configs import check_model
 from verl_pte.config import PTEConfig
+from verl_pte.plan.configs import check_model
 from verl_pte.vllm.version import supported_version
 
 ENGINES = ("vllm", "native")

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from verl_pte.cli.errors import INTERRUPTED, fail, user_errors
+from verl_pte.cli.plan import plan
 from verl_pte.cli.warm_start import warm_start
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app = typer.Typer(
 
 
 app.command("warm-start")(warm_start)
+app.command()(plan)
 
 
 class Engine(StrEnum):

@@ -35,8 +35,9 @@ def quick() -> list[Cell]:
 
 def full(seeds: int) -> list[Cell]:
     """Everything, one part after the other, all seeds of a part together."""
-    parts = (_supervised, _distilled, _after_warm, _from_scratch, _in_verl, _ways_after_warm, _ways_from_scratch)
-    cells = (cell for part in (*parts, _sweeps, _others_from_scratch) for seed in range(seeds) for cell in part(seed))
+    first = (_supervised, _distilled, _after_warm, _in_verl, _sweeps, _ways_after_warm, _ways_from_scratch)
+    parts = (*first, _from_scratch, _others_from_scratch)
+    cells = (cell for part in parts for seed in range(seeds) for cell in part(seed))
     return list({cell.name: cell for cell in cells}.values())  # sweeps meet the methods' own cells
 
 

@@ -1,7 +1,7 @@
 """The models of the paper as transformers configs, and configs read from disk.
 
 Nothing is downloaded: the sizes of the three are written down here, weights are always random. Left out: the
-scaled-down Qwen2 (models.py), which benchmarks run where no `--model` is given.
+scaled-down Qwen2 (bench/models.py), which benchmarks run where no `--model` is given.
 """
 
 import json
