@@ -26,9 +26,10 @@ MAY_IMPORT = {
     "learner": {"core", "config", "peft", "learner"},
     "distill": {"core", "config", "peft", "engine", "learner", "distill"},
     "rewards": {"rewards"},
+    "data": {"rewards", "data"},
     "vllm": {"core", "config", "peft", "engine", "vllm"},
     "verl": {"core", "config", "peft", "engine", "learner", "patches", "vllm", "verl"},
-    "cli": {"core", "config", "peft", "engine", "distill", "vllm", "cli"},
+    "cli": {"core", "config", "peft", "engine", "distill", "data", "vllm", "cli"},
     "bench": {
         "",
         "core",
