@@ -9,7 +9,7 @@ answered, prompt.py how a model is asked. Importing it loads nothing heavy. Left
 training and validation, and lengths in tokens, which verl checks against a model's tokenizer.
 """
 
-from verl_pte.data.prepare import Prepared, prepare
+from verl_pte.data.preparation import Prepared, prepare
 from verl_pte.data.prompt import FAMILIES, PromptFormat, prompt_format
 from verl_pte.data.rows import read_rows
 from verl_pte.data.sets import SETS, MathSet

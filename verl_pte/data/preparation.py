@@ -89,7 +89,7 @@ def prepare(
 class _Reading:
     """Rows taken in so far."""
 
-    set: MathSet
+    of: MathSet
     read: int = 0
     duplicates: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -98,7 +98,7 @@ class _Reading:
     _disputed: set[str | int] = field(default_factory=set)
 
     def take_all(self, source: Source, progress: Callable[[int, int | None], None] | None) -> None:
-        total = source.total if source.total is not None else self.set.raw_rows
+        total = source.total if source.total is not None else self.of.raw_rows
         for row in source.rows:
             if self.read == 0:
                 check_columns(row, source.name)
@@ -125,7 +125,7 @@ class _Reading:
         except Unusable as reason:
             self._drop(str(reason), f"row {self.read - 1}, {str(row)}")
             return
-        key = problem.text if self.set.repeated else self.read
+        key = problem.text if self.of.repeated else self.read
         known = self._kept.setdefault(key, problem)
         if known is not problem:
             self.duplicates += 1
