@@ -92,7 +92,7 @@ def test_verls_own_aime_file_holds_each_problem_32_times(tmp_path):
 
 
 def test_other_formats_of_dapo(tmp_path):
-    """A deduplicated copy whose prompt is the bare problem, and one that asks for a box in other words."""
+    """A deduplicated copy whose prompt is the bare problem, one that asks for a box, and one without messages."""
     processed = {"prompt": "a?", "solution": "34", "reward_model": {"ground_truth": "34", "style": "rule"}}
     asks_for_box = {
         "prompt": [
@@ -103,7 +103,8 @@ def test_other_formats_of_dapo(tmp_path):
         ],
         "label": "35",
     }
-    for row, expected in ((processed, ("a?", "34")), (asks_for_box, ("b?", "35"))):
+    as_text = {"prompt": DAPO_PROMPT.format("c?"), "answer": 36}
+    for row, expected in ((processed, ("a?", "34")), (asks_for_box, ("b?", "35")), (as_text, ("c?", "36"))):
         source = write_jsonl([row], tmp_path / "s.jsonl")
         assert asked_and_answered(prepared_rows("dapo-math-17k", source, tmp_path)) == [expected]
 
@@ -277,7 +278,7 @@ def test_a_wrong_count_is_refused_and_can_be_allowed(tmp_path, name):
 def test_the_counts_of_the_sets():
     counts = {name: found.expected for name, found in SETS.items()}
     assert counts == {
-        "dapo-math-17k": "17391 to 17917",
+        "dapo-math-17k": "17,391 to 17,917",
         "math-500": "500",
         "aime-2024": "30",
         "aime-2025": "30",

@@ -30,7 +30,7 @@ def test_counts_are_printed(tmp_path):
     source = write_parquet(rows, tmp_path / "s.parquet")
     result = run("dapo-math-17k", "--source", source, "--output", tmp_path / "data", "--allow-any-count")
     assert result.exit_code == 0, result.output
-    assert table(result) == [["dapo-math-17k", "93", "61", "2", "30", "17391 to 17917"]]
+    assert table(result) == [["dapo-math-17k", "93", "61", "2", "30", "17,391 to 17,917"]]
     assert "dapo-math-17k: 1 dropped: copies with different answers" in result.stdout
     assert "dapo-math-17k: 1 dropped: no answer that can be boxed" in result.stdout
     assert f"dapo-math-17k: {tmp_path}/data/dapo-math-17k.parquet" in result.stdout

@@ -31,7 +31,7 @@ class MathSet:
     @property
     def expected(self) -> str:
         """The count in words."""
-        return f"{self.lowest}" if self.lowest == self.highest else f"{self.lowest} to {self.highest}"
+        return f"{self.lowest:,}" if self.lowest == self.highest else f"{self.lowest:,} to {self.highest:,}"
 
 
 def _benchmark(name: str, hub_id: str, problems: int, repeated: bool = False) -> MathSet:
