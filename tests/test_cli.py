@@ -45,12 +45,13 @@ def arguments(chat_model: ChatModel, *more: str) -> list[str]:
 def test_help_needs_neither_torch_nor_vllm_nor_verl() -> None:
     code = (
         "import sys\n"
-        "for name in ('torch', 'transformers', 'peft', 'numpy', 'vllm', 'verl', 'ray'): sys.modules[name] = None\n"
+        "heavy = 'torch', 'transformers', 'peft', 'numpy', 'pyarrow', 'datasets', 'vllm', 'verl', 'ray'\n"
+        "sys.modules |= dict.fromkeys(heavy)\n"
         "from verl_pte.cli import app\n"
         "app(sys.argv[1:])"
     )
     shown = {}
-    for command in ("", "serve", "generate", "warm-start"):
+    for command in ("", "serve", "generate", "warm-start", "prepare-data"):
         asked = [sys.executable, "-c", code, *filter(None, [command]), "--help"]
         done = subprocess.run(asked, capture_output=True, text=True, env=os.environ | {"COLUMNS": "300"})
         assert done.returncode == 0, done.stderr
@@ -60,6 +61,7 @@ def test_help_needs_neither_torch_nor_vllm_nor_verl() -> None:
     assert "127.0.0.1" in shown["serve"]
     assert "never evicted" in shown["generate"]
     assert "without labels" in shown["warm-start"] and "--pte" in shown["warm-start"]
+    assert "olympiadbench" in shown["prepare-data"] and "{problem}" in shown["prepare-data"]
 
 
 def refusals(chat_model: ChatModel, folder: Path, busy_port: int) -> list[tuple[list[str], int, str, bool]]:

@@ -27,9 +27,10 @@ MAY_IMPORT = {
     "distill": {"core", "config", "peft", "engine", "learner", "distill"},
     "plan": {"core", "config", "peft", "engine", "learner", "plan"},
     "rewards": {"rewards"},
+    "data": {"rewards", "data"},
     "vllm": {"core", "config", "peft", "engine", "vllm"},
     "verl": {"core", "config", "peft", "engine", "learner", "patches", "vllm", "verl"},
-    "cli": {"core", "config", "peft", "engine", "distill", "plan", "vllm", "cli"},
+    "cli": {"core", "config", "peft", "engine", "data", "distill", "plan", "vllm", "cli"},
     "bench": {
         "",
         "core",
@@ -46,10 +47,22 @@ MAY_IMPORT = {
     "patches": {"patches"},  # patches of verl: the bottom layer, the plugin hands them what they call
     "": set(),  # verl_pte/__init__.py names its public parts as strings and loads them on use
 }
-OPTIONAL = {"verl", "ray", "vllm", "megatron", "flash_attn", "tensordict", "hydra", "omegaconf", "transfer_queue"}
+OPTIONAL = {
+    "verl",
+    "ray",
+    "vllm",
+    "megatron",
+    "flash_attn",
+    "tensordict",
+    "hydra",
+    "omegaconf",
+    "transfer_queue",
+    "datasets",
+}
 # Of those, what each part may import; a part that is not named here may import none.
 MAY_IMPORT_OPTIONAL = {
     "core": {"flash_attn"},  # where it is used: the first call of a model that has it
+    "data": {"datasets"},  # where a hub set is read
     "vllm": {"vllm"},
     "bench": {"vllm"},
     "bench.verl_baseline": {"verl", "tensordict"},  # loaded where verl is, for what is measured beside ours
@@ -154,6 +167,9 @@ def test_module_keeps_the_rule(module: str, path: Path) -> None:
         ("verl_pte.vllm.new", "def f():\n    import ray", "without ray"),
         ("verl_pte.cli.new", "def f():\n    from vllm import LLM", "without vllm"),
         ("verl_pte.cli.new", "from verl_pte.verl.checks import check_run", "imports verl_pte.verl.checks"),
+        ("verl_pte.data.new", "from verl_pte.cli import app", "imports verl_pte.cli.app"),
+        ("verl_pte.data.new", "def f():\n    import verl", "without verl"),
+        ("verl_pte.cli.new", "import datasets", "without datasets"),
         ("verl_pte.bench.new", "from verl_pte.cli import app", "imports verl_pte.cli.app"),
         ("verl_pte.bench.new", "def f():\n    import verl", "without verl"),
         ("verl_pte.bench.verl_baseline", "from verl_pte.verl.checks import check_run", "imports verl_pte.verl.checks"),
@@ -178,6 +194,7 @@ def test_checker_catches(module: str, source: str, complaint: str) -> None:
             "from vllm.config import VllmConfig\nfrom verl_pte.engine.sampling import SamplingParams",
         ),
         ("verl_pte.cli.new", "import rich\nfrom verl_pte.vllm.serve import serve"),
+        ("verl_pte.data.new", "from verl_pte.rewards.answer import final_answer\nimport datasets"),
     ],
 )
 def test_checker_admits(module: str, source: str) -> None:
@@ -210,6 +227,11 @@ def test_command_line_loads_nothing_heavy() -> None:
     loaded = _loaded_by("import verl_pte.cli")
     assert "typer" in loaded
     assert not loaded & (OPTIONAL | {"torch", "transformers", "peft", "numpy"})
+
+
+def test_data_part_loads_what_reads_files_on_use_only() -> None:
+    loaded = _loaded_by("import verl_pte.data")
+    assert not loaded & (OPTIONAL | {"torch", "numpy", "pyarrow"})
 
 
 def test_vllm_part_loads_vllm_on_use_only() -> None:

@@ -1,6 +1,7 @@
 """The command line's `serve` and `generate`: what they are told, and what they start.
 
-Left out: the server (verl_pte/vllm/serve.py), the chat (chat.py, terminal.py, display.py) and warm_start.py.
+Left out: the server (verl_pte/vllm/serve.py), the chat (chat.py, terminal.py, display.py), and the commands with
+files of their own, prepare_data.py and warm_start.py.
 """
 
 import os
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from verl_pte.cli.errors import INTERRUPTED, fail, user_errors
 from verl_pte.cli.plan import plan
+from verl_pte.cli.prepare_data import prepare_data
 from verl_pte.cli.warm_start import warm_start
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ app = typer.Typer(
 )
 
 
+app.command("prepare-data")(prepare_data)
 app.command("warm-start")(warm_start)
 app.command()(plan)
 
