@@ -25,6 +25,7 @@ OUT=${OUT:-$REPO/outputs/$RECIPE-$MODEL}
 TOTAL_STEPS=${TOTAL_STEPS:-null}    # null: once through the data
 WARM_START=${WARM_START:-0}
 WARM_START_STEPS=${WARM_START_STEPS:-200}
+WARM_START_ARGS=${WARM_START_ARGS:-}  # more options of verl-pte warm-start: where model.pte differs from its defaults, say it here too
 WINDOW=${WINDOW:-1024}
 MAX_PROMPT_LENGTH=${MAX_PROMPT_LENGTH:-1024}
 MAX_RESPONSE_LENGTH=${MAX_RESPONSE_LENGTH:-3072}
@@ -70,6 +71,7 @@ TRAINER=(
 )
 
 if [[ $WARM_START == 1 ]]; then
+    read -ra MORE <<< "$WARM_START_ARGS"
     WARM=(
         --model "${MODEL_PATH:?WARM_START=1 needs MODEL_PATH}"
         --prompts "$TRAIN_FILE"
@@ -79,7 +81,7 @@ if [[ $WARM_START == 1 ]]; then
         --max-response-length "$MAX_RESPONSE_LENGTH"
         --pte window="$WINDOW"
     )
-    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NUM_GPUS" -m verl_pte.cli warm-start "${WARM[@]}"
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NUM_GPUS" -m verl_pte.cli warm-start "${WARM[@]}" "${MORE[@]}"
     MODEL_ARGS+=(actor_rollout_ref.model.lora_adapter_path="$OUT/warm/adapter")
 fi
 

@@ -1,0 +1,243 @@
+"""Every recipe composes on stock verl, passes the checks a run begins with, and says what it claims; scripts run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import verl.utils.config
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl_run import RECIPES, ROOT
+
+from verl_pte.plan.configs import NAMED
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+MODELS = {"qwen2.5_3b": "qwen2.5-3b", "qwen2.5_7b": "qwen2.5-7b", "r1_distill_llama_8b": "r1-distill-llama-8b"}
+OF_MODELS = [f"pte_grpo_{model}" for model in MODELS]
+ROLLOUTS = {"native": "pte", "vllm": "pte_vllm"}
+SCRIPTS = sorted((ROOT / "examples").glob("run_*.sh"))
+DATA = ("data.train_files=train.parquet", "data.val_files=val.parquet")
+
+
+def composed(recipe: str, *overrides: str):
+    with initialize_config_dir(str(RECIPES), version_base=None):
+        return compose(recipe, overrides=["hydra.searchpath=[pkg://verl.trainer.config]", *DATA, *overrides])
+
+
+def validate(config) -> None:
+    """What main_ppo does with its config before anything else; wrapped by our plugin."""
+    verl.utils.config.validate_config(
+        config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config)
+    )
+
+
+@pytest.fixture(scope="module")
+def configs(folder, tmp_path_factory) -> dict[str, Path]:
+    """Folders with the real config.json of the paper's models, a tokenizer and no weights."""
+    out = {}
+    for recipe, name in MODELS.items():
+        out[recipe] = tmp_path_factory.mktemp(recipe)
+        architecture = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[NAMED[name]["model_type"]]
+        (out[recipe] / "config.json").write_text(json.dumps(NAMED[name] | {"architectures": [architecture]}))
+        for file in (folder / "model").glob("*token*"):
+            shutil.copy(file, out[recipe])
+    return out
+
+
+def test_the_recipes_are_those_the_table_lists():
+    table = (RECIPES / "README.md").read_text()
+    assert all(f"`{name}`" in table for name in NAMES)
+    assert all(f"`{path.stem}`" in table for path in (RECIPES / "pte").rglob("*.yaml"))
+    assert {*OF_MODELS, "pte_grpo", "pte_dapo", "pte_ppo", "lora_full", "lora_window", "global_only"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("rollout", ROLLOUTS)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("recipe", [n for n in NAMES if not n.startswith("pte_tiny") and n not in OF_MODELS])
+def test_every_recipe_takes_every_model_and_engine(recipe, model, rollout, configs):
+    """The adapter is attached to the model of the real config, on the meta device."""
+    config = composed(
+        recipe, f"pte/model={model}", f"pte/rollout={rollout}", f"actor_rollout_ref.model.path={configs[model]}"
+    )
+    assert config.actor_rollout_ref.rollout.name == ROLLOUTS[rollout]
+    validate(config)
+
+
+@pytest.mark.parametrize("rollout", ROLLOUTS)
+@pytest.mark.parametrize("recipe", OF_MODELS)
+def test_recipes_of_the_papers_models(recipe, rollout, configs):
+    model = recipe.removeprefix("pte_grpo_")
+    config = composed(recipe, f"pte/rollout={rollout}")
+    assert config.actor_rollout_ref.model.path.lower().endswith(
+        {"qwen2.5_3b": "qwen2.5-3b-instruct", "qwen2.5_7b": "qwen2.5-7b-instruct"}.get(model, "r1-distill-llama-8b")
+    )
+    actor, pte = config.actor_rollout_ref.actor, config.actor_rollout_ref.model.pte
+    # What arXiv 2602.16839 states.
+    assert (pte.rank, pte.num_global_tokens, pte.evict_fraction, pte.window) == (32, 32, 0.25, 1024)
+    assert config.data.train_batch_size * config.actor_rollout_ref.rollout.n == 512
+    assert (actor.optim.lr, actor.optim.clip_grad, actor.grad_clip) == (1e-5, 1.0, 1.0)
+    assert config.data.max_response_length == 3072 and config.algorithm.adv_estimator == "grpo"
+    assert actor.strategy == "fsdp2" and not actor.use_kl_loss
+    config.actor_rollout_ref.model.path = str(configs[model])
+    validate(config)
+
+
+@pytest.mark.parametrize("engine", ["pte/rollout=native", "pte/rollout=vllm"])
+@pytest.mark.parametrize(
+    ("recipe", "differs"),
+    [
+        ("lora_full", {"window": None, "freeze_state": True}),
+        ("lora_window", {"freeze_state": True}),
+        ("global_only", {"update_state": False}),
+        ("pte_dapo", {}),
+        ("pte_ppo", {}),
+    ],
+)
+def test_a_baseline_differs_from_pte_by_its_switch_alone(recipe, differs, engine):
+    pte = OmegaConf.to_container(composed("pte_grpo", engine).actor_rollout_ref.model.pte)
+    # With a model's group as well, which must not undo it.
+    for more in ([], ["pte/model=qwen2.5_7b"], ["pte/model=tiny_cpu"]):
+        found = OmegaConf.to_container(composed(recipe, engine, *more).actor_rollout_ref.model.pte)
+        base = OmegaConf.to_container(composed("pte_grpo", engine, *more).actor_rollout_ref.model.pte)
+        assert found == base | differs
+    assert {key: pte[key] for key in differs} != differs or not differs
+
+
+def test_runs_of_different_models_and_methods_have_different_checkpoints():
+    folders = [
+        composed(recipe, f"pte/model={model}").trainer.default_local_dir
+        for recipe in ("pte_grpo", "pte_dapo", "pte_ppo", "lora_full", "lora_window", "global_only")
+        for model in MODELS
+    ]
+    assert len(set(folders)) == len(folders)
+
+
+def test_dapo_and_ppo_are_verls_own():
+    dapo = composed("pte_dapo")
+    assert dapo.algorithm.filter_groups.enable and dapo.reward.reward_manager.name == "dapo"
+    assert dapo.reward.reward_kwargs.max_resp_len == dapo.data.max_response_length
+    assert dapo.actor_rollout_ref.actor.clip_ratio_high > dapo.actor_rollout_ref.actor.clip_ratio_low
+    ppo = composed("pte_ppo", "actor_rollout_ref.model.path=somewhere")
+    assert need_critic(ppo) and ppo.critic.model.path == "somewhere"
+    assert ppo.critic.model._target_.endswith("HFModelConfig"), "the critic is verl's, with a full cache"
+    assert ppo.data.train_batch_size * ppo.actor_rollout_ref.rollout.n == 512
+    assert not need_critic(composed("pte_grpo"))
+
+
+def test_main_ppo_itself_composes_a_recipe(tmp_path):
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(RECIPES), "--cfg", "job"]
+    command += ["--config-name", "lora_window", "pte/model=qwen2.5_7b", "pte/rollout=vllm", *DATA]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    printed = OmegaConf.create(run.stdout[run.stdout.index("model_engine:") :])
+    assert printed == composed("lora_window", "pte/model=qwen2.5_7b", "pte/rollout=vllm")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        (
+            "lora_window",
+            ["actor_rollout_ref.model.pte.window=1000"],
+            r"window=1000: must be a multiple of block_size=16",
+        ),
+        ("global_only", ["+actor_rollout_ref.model.pte.windw=16"], r"model\.pte\.windw=16: no such setting"),
+        ("pte_dapo", ["data.max_response_length=40000"], r"exceeds the model's max_position_embeddings=32768"),
+        (
+            "pte_grpo_qwen2.5_3b",
+            ["pte/rollout=vllm", "actor_rollout_ref.model.pte.block_size=8"],
+            r"block_size=8: must be a multiple of 16 with rollout\.name=pte_vllm",
+        ),
+        (
+            "lora_full",
+            ["actor_rollout_ref.rollout.tensor_model_parallel_size=2"],
+            r"tensor_model_parallel_size=2: must be 1, the native engine is data parallel",
+        ),
+    ],
+)
+def test_wrong_overrides_fail_with_our_message(recipe, overrides, message, configs):
+    with pytest.raises(ValueError, match=message):
+        validate(composed(recipe, f"actor_rollout_ref.model.path={configs['qwen2.5_3b']}", *overrides))
+
+
+def test_a_model_without_a_recipe_is_an_error_that_lists_those_there_are():
+    with pytest.raises(HydraException, match=r"(?s)pte/model/qwen9.*qwen2\.5_3b"):
+        composed("pte_grpo", "pte/model=qwen9")
+
+
+# -- scripts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, ROOT / "examples/quickstart/run.sh"], ids=lambda path: path.name)
+def test_scripts_are_clean(script):
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    run = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+    lines = script.read_text().splitlines()
+    assert lines[0] == "#!/usr/bin/env bash" and lines[1].startswith("# ") and "set -xeuo pipefail" in lines
+    assert os.access(script, os.X_OK) or script.parent.name == "quickstart"
+
+
+def run_script(folder: Path, name: str, *more: str, **variables: str) -> list[dict]:
+    """One training step of a script on a CPU, with the tiny model; its metrics."""
+    out = folder / name
+    log = out / "metrics.jsonl"
+    sizes = {"MAX_PROMPT_LENGTH": "64", "MAX_RESPONSE_LENGTH": "40", "TRAIN_BATCH_SIZE": "4", "N": "4", "WINDOW": "16"}
+    files = {"TRAIN_FILE": str(folder / "train.parquet"), "VAL_FILE": str(folder / "val.parquet"), "OUT": str(out)}
+    tiny = {"MODEL": "tiny_cpu", "MODEL_PATH": str(folder / "model"), "NUM_GPUS": "1", "TOTAL_STEPS": "1"}
+    env = os.environ | sizes | files | tiny | variables
+    env |= {"PYTHON": sys.executable, "VERL_FILE_LOGGER_PATH": str(log), "VERL_PLATFORM": "cpu"}
+    script = ROOT / "examples" / f"{name}.sh"
+    own = [f"reward.custom_reward_function.path={folder}/reward.py", "trainer.logger=[console,file]"]
+    run = subprocess.run(
+        ["bash", script, *own, *more], cwd=folder, env=env, capture_output=True, text=True, timeout=800
+    )
+    assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
+    found = [json.loads(line)["data"] for line in log.read_text().splitlines()]
+    return [metrics for metrics in found if "training/global_step" in metrics]
+
+
+def check_step(steps: list[dict], window: bool = True) -> None:
+    assert [metrics["training/global_step"] for metrics in steps] == [1]
+    assert steps[0]["pte/mismatch_max"] <= 1e-5 and steps[0]["actor/grad_norm"] > 0
+    assert (steps[0].get("pte/evictions_per_seq", 0) > 0) == window
+
+
+def test_3b_script_trains(folder):
+    check_step(run_script(folder, "run_qwen2.5_3b"))
+
+
+def test_7b_script_trains_with_dapo(folder):
+    overlong = "reward.reward_kwargs.overlong_buffer_cfg.len=16"
+    steps = run_script(folder, "run_qwen2.5_7b", overlong, RECIPE="pte_dapo")
+    check_step(steps)
+    # Answers of a model that never ends them are all cut off, and pay the whole penalty.
+    assert steps[0]["critic/rewards/mean"] < 0
+
+
+def test_8b_script_trains_a_baseline(folder):
+    check_step(run_script(folder, "run_r1_distill_llama_8b", RECIPE="lora_full"), window=False)
+
+
+def test_single_gpu_script_starts_from_a_warm_start(folder):
+    pte = "--pte rank=8 --pte alpha=16 --pte num_global_tokens=8 --pte block_size=8 --pte chunk_tokens=64"
+    warm = {"WARM_START_STEPS": "2", "WARM_START_ARGS": f"{pte} --warmup-steps 1 --batch-size 4 --dtype float32"}
+    steps = run_script(folder, "run_qwen2.5_3b_1gpu", WARM_START="1", **warm)
+    check_step(steps)
+    adapter = folder / "run_qwen2.5_3b_1gpu" / "warm" / "adapter"
+    assert (adapter / "adapter_model.safetensors").is_file()
+    assert steps[0]["pte/adapter_norm"] > 0
+    shutil.rmtree(folder / "run_qwen2.5_3b_1gpu")
+
+
+def test_a_full_cache_has_nothing_to_warm_up(folder):
+    env = os.environ | {"RECIPE": "lora_full", "WARM_START": "1", "OUT": str(folder / "no")}
+    run = subprocess.run(["bash", ROOT / "examples/run_pte.sh"], env=env, capture_output=True, text=True)
+    assert run.returncode == 2 and "WARM_START=1: lora_full has a full cache" in run.stderr
