@@ -1,4 +1,5 @@
-"""The command line, ``verl-pte``: serve a PTE model over HTTP, talk to it in the terminal, distil a first adapter.
+"""The command line, ``verl-pte``: serve a PTE model over HTTP, talk to it in the terminal, distil a first
+adapter, export one from a checkpoint.
 
 Importing it loads typer and rich, nothing of torch, vLLM or verl: each command imports what it runs.
 """

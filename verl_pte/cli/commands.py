@@ -1,6 +1,6 @@
 """The command line's `serve` and `generate`: what they are told, and what they start.
 
-Left out: the server (verl_pte/vllm/serve.py), the chat (chat.py, terminal.py, display.py) and warm_start.py.
+Left out: the server (verl_pte/vllm/serve.py), the chat (chat.py, terminal.py, display.py), warm_start.py and export.py.
 """
 
 import os
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from verl_pte.cli.errors import INTERRUPTED, fail, user_errors
+from verl_pte.cli.export import export
 from verl_pte.cli.warm_start import warm_start
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ app = typer.Typer(
 
 
 app.command("warm-start")(warm_start)
+app.command()(export)
 
 
 class Engine(StrEnum):
