@@ -50,7 +50,7 @@ def test_help_needs_neither_torch_nor_vllm_nor_verl() -> None:
         "app(sys.argv[1:])"
     )
     shown = {}
-    for command in ("", "serve", "generate", "warm-start", "export"):
+    for command in ("", "serve", "generate", "warm-start", "export", "doctor"):
         asked = [sys.executable, "-c", code, *filter(None, [command]), "--help"]
         done = subprocess.run(asked, capture_output=True, text=True, env=os.environ | {"COLUMNS": "300"})
         assert done.returncode == 0, done.stderr
@@ -60,6 +60,7 @@ def test_help_needs_neither_torch_nor_vllm_nor_verl() -> None:
     assert "127.0.0.1" in shown["serve"]
     assert "never evicted" in shown["generate"]
     assert "without labels" in shown["warm-start"] and "--pte" in shown["warm-start"]
+    assert "--json" in shown["doctor"] and "Exit status 0" in shown["doctor"]
     assert "global_step_N" in shown["export"] and "model card" in shown["export"]
 
 

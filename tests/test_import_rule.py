@@ -30,7 +30,12 @@ MAY_IMPORT = {
     "rewards": {"rewards"},
     "vllm": {"core", "config", "peft", "engine", "vllm"},
     "verl": {"core", "config", "peft", "engine", "learner", "patches", "vllm", "verl"},
-    "cli": {"core", "config", "peft", "engine", "distill", "export", "vllm", "cli"},
+    "doctor": {"", "doctor"},
+    "doctor.torch_probe": {"core", "doctor"},
+    "doctor.self_test": {"", "config", "peft", "engine", "learner", "doctor"},
+    "doctor.verl_probe": {"verl", "doctor"},
+    "doctor.vllm_probe": {"vllm", "doctor"},
+    "cli": {"core", "config", "peft", "engine", "distill", "doctor", "export", "vllm", "cli"},
     "bench": {
         "",
         "core",
@@ -53,6 +58,11 @@ MAY_IMPORT_OPTIONAL = {
     "vllm": {"vllm"},
     "bench": {"vllm"},
     "bench.verl_baseline": {"verl", "tensordict"},  # loaded where verl is, for what is measured beside ours
+    "doctor.torch_probe": {
+        "flash_attn"
+    },  # probes: each in a process of its own, so that what is broken breaks it alone
+    "doctor.verl_probe": OPTIONAL,
+    "doctor.vllm_probe": {"vllm"},
     "verl": OPTIONAL,
     "patches": OPTIONAL,
 }

@@ -1,5 +1,5 @@
 """The command line, ``verl-pte``: serve a PTE model over HTTP, talk to it in the terminal, distil a first
-adapter, export one from a checkpoint.
+adapter, export one from a checkpoint, say what works here.
 
 Importing it loads typer and rich, nothing of torch, vLLM or verl: each command imports what it runs.
 """

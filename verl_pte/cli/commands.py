@@ -1,6 +1,7 @@
 """The command line's `serve` and `generate`: what they are told, and what they start.
 
-Left out: the server (verl_pte/vllm/serve.py), the chat (chat.py, terminal.py, display.py), warm_start.py and export.py.
+Left out: the server (verl_pte/vllm/serve.py), the chat (chat.py, terminal.py, display.py), and the other commands,
+which are files of their own.
 """
 
 import os
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 
+from verl_pte.cli.doctor import doctor
 from verl_pte.cli.errors import INTERRUPTED, fail, user_errors
 from verl_pte.cli.export import export
 from verl_pte.cli.warm_start import warm_start
@@ -34,6 +36,7 @@ app = typer.Typer(
 
 app.command("warm-start")(warm_start)
 app.command()(export)
+app.command()(doctor)
 
 
 class Engine(StrEnum):
