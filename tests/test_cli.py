@@ -51,7 +51,7 @@ def test_help_needs_neither_torch_nor_vllm_nor_verl() -> None:
         "app(sys.argv[1:])"
     )
     shown = {}
-    for command in ("", "serve", "generate", "warm-start", "prepare-data"):
+    for command in ("", "serve", "generate", "warm-start", "prepare-data", "plan", "export", "doctor"):
         asked = [sys.executable, "-c", code, *filter(None, [command]), "--help"]
         done = subprocess.run(asked, capture_output=True, text=True, env=os.environ | {"COLUMNS": "300"})
         assert done.returncode == 0, done.stderr
@@ -62,6 +62,9 @@ def test_help_needs_neither_torch_nor_vllm_nor_verl() -> None:
     assert "never evicted" in shown["generate"]
     assert "without labels" in shown["warm-start"] and "--pte" in shown["warm-start"]
     assert "olympiadbench" in shown["prepare-data"] and "{problem}" in shown["prepare-data"]
+    assert "micro" in shown["plan"] and "Nothing is loaded" in shown["plan"]
+    assert "--json" in shown["doctor"] and "Exit status 0" in shown["doctor"]
+    assert "global_step_N" in shown["export"] and "model card" in shown["export"]
 
 
 def refusals(chat_model: ChatModel, folder: Path, busy_port: int) -> list[tuple[list[str], int, str, bool]]:

@@ -20,17 +20,24 @@ MAY_IMPORT = {
     "core": {"core"},
     "patches.version_guard": set(),
     "patches.peft_type": {"patches.version_guard"},
-    "config": {"core", "patches.peft_type"},
+    "versions": {""},
+    "config": {"core", "patches.peft_type", "versions"},
     "peft": {"core", "config", "peft"},
     "engine": {"core", "config", "peft", "engine"},
     "learner": {"core", "config", "peft", "learner"},
     "distill": {"core", "config", "peft", "engine", "learner", "distill"},
     "plan": {"core", "config", "peft", "engine", "learner", "plan"},
+    "export": {"config", "peft", "distill", "versions", "export"},
     "rewards": {"rewards"},
     "data": {"rewards", "data"},
     "vllm": {"core", "config", "peft", "engine", "vllm"},
     "verl": {"core", "config", "peft", "engine", "learner", "patches", "vllm", "verl"},
-    "cli": {"core", "config", "peft", "engine", "data", "distill", "plan", "vllm", "cli"},
+    "doctor": {"", "doctor"},
+    "doctor.torch_probe": {"core", "doctor"},
+    "doctor.self_test": {"", "config", "peft", "engine", "learner", "doctor"},
+    "doctor.verl_probe": {"verl", "doctor"},
+    "doctor.vllm_probe": {"vllm", "doctor"},
+    "cli": {"core", "config", "peft", "engine", "data", "distill", "doctor", "export", "plan", "vllm", "cli"},
     "bench": {
         "",
         "core",
@@ -66,6 +73,11 @@ MAY_IMPORT_OPTIONAL = {
     "vllm": {"vllm"},
     "bench": {"vllm"},
     "bench.verl_baseline": {"verl", "tensordict"},  # loaded where verl is, for what is measured beside ours
+    "doctor.torch_probe": {
+        "flash_attn"
+    },  # probes: each in a process of its own, so that what is broken breaks it alone
+    "doctor.verl_probe": OPTIONAL,
+    "doctor.vllm_probe": {"vllm"},
     "verl": OPTIONAL,
     "patches": OPTIONAL,
 }

@@ -11,6 +11,8 @@ from verl_run import PTE
 PROMPT_LENS = (5, 11, 8, 3, 9, 4, 14, 7)
 RESPONSE_LENS = (40, 3, 25, 33, 2, 18, 61, 9)  # the ranks' halves differ in segments: the longest is in the second
 
+TEMPERATURE = 0.8
+
 
 def make_batch(rows: slice) -> TensorDict:
     """Part of a batch as verl's trainer sends it to `update_actor`, made the same in every process."""
@@ -47,7 +49,7 @@ def make_batch(rows: slice) -> TensorDict:
         use_fused_kernels=False,
         use_dynamic_bsz=False,
         micro_batch_size_per_gpu=2,
-        temperature=0.8,
+        temperature=TEMPERATURE,
         calculate_entropy=True,
         global_batch_size=len(PROMPT_LENS),
     )

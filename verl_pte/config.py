@@ -14,6 +14,7 @@ from peft.utils.peft_types import PeftType
 
 from verl_pte.core.schedule import Schedule
 from verl_pte.patches import peft_type
+from verl_pte.versions import installed
 
 peft_type.apply()
 
@@ -83,6 +84,7 @@ class PTEConfig(PeftConfig):
         "Cache of the reference policy (the base without adapter): the same `window`, or `full`, "
         "which makes it a teacher.",
     )
+    versions: dict[str, str] | None = None  # of the packages that saved it; no knob, `save_pretrained` fills it in
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,6 +125,11 @@ class PTEConfig(PeftConfig):
     def schedule(self) -> Schedule:
         """The eviction schedule these settings stand for."""
         return Schedule(self.window, self.evict_fraction, self.block_size)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT does it, with the versions of the packages that save."""
+        self.versions = installed()
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def knobs(cls) -> list[tuple[str, Any, str]]:

@@ -1,15 +1,21 @@
 """The training engine: two FSDP2 ranks over gloo equal one process, for every kind of pass verl asks for."""
 
 import functools
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-from verl_engine_run import RESPONSE_LENS, exercise, make_batch
+from typer.testing import CliRunner
+from verl_engine_run import RESPONSE_LENS, TEMPERATURE, exercise, make_batch
 
 import verl_pte.peft  # noqa: F401  registers the method with PEFT
+from verl_pte.cli import app
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +110,36 @@ def test_weights_travel_under_the_attached_models_names(results, folder):
     for rank in two:
         assert_same({name: attached[name] for name in rank["end"]}, rank["end"], tolerance=0)
         assert_same({name: attached[name] for name in rank["base"]}, rank["base"], tolerance=0)
+
+
+REPLAY = """
+prompts, responses = torch.load("sequences.pt")
+torch.save(verl_pte.replay_log_probs(model, prompts, responses, temperature={temperature}), "log_probs.pt")
+"""
+
+
+def test_an_exported_adapter_gives_the_engines_log_probs(results, folder, tmp_path):
+    """Loaded as its card says, in another process: two ranks' checkpoint after two optimizer steps."""
+    _, two = results
+    shutil.copytree(folder / "checkpoint2", tmp_path / "run" / "global_step_2" / "actor")
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("2")
+    named = ["--output", str(tmp_path / "path/to/this/folder"), "--base", str(folder / "model")]
+    exported = CliRunner().invoke(app, ["export", str(tmp_path / "run"), *named])
+    assert exported.exit_code == 0 and "verl, at step 2" in exported.output, exported.output
+
+    batch = make_batch(slice(None))
+    sequences = [list(batch[key].unbind()) for key in ("prompts", "responses")]
+    torch.save(sequences, tmp_path / "sequences.pt")
+    card = (tmp_path / "path/to/this/folder/README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", card, flags=re.S)
+    code = block + REPLAY.format(temperature=TEMPERATURE)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    rows = two[0]["log_probs"] + two[1]["log_probs"]
+    engines = [row[-n - 1 : -1] for row, n in zip(rows, RESPONSE_LENS, strict=True)]
+    for ours, theirs in zip(torch.load(tmp_path / "log_probs.pt"), engines, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    references = two[0]["reference"] + two[1]["reference"]
+    moved = max(float((a - b).abs().max()) for a, b in zip(rows, references, strict=True))
+    assert moved > 1e-3, "the adapter must do far more than is compared to"

@@ -73,6 +73,19 @@ def test_the_adapter_of_a_checkpoint_loads(whole, folder):
     assert not shards and base_bytes, "base weights are not copied into checkpoints"
 
 
+def test_checkpoints_of_a_run_can_be_exported(whole, folder, tmp_path):
+    exported = CliRunner().invoke(
+        app, ["export", str(folder / "whole"), "--output", str(tmp_path / "out"), "--base", "nobody/tiny"]
+    )
+    assert exported.exit_code == 0 and "verl, at step 4, base nobody/tiny" in exported.output, exported.output
+    saved, written = (
+        load_file(p / "adapter_model.safetensors") for p in (adapter(folder, "whole", 4), tmp_path / "out")
+    )
+    assert saved.keys() == written.keys() and all(torch.equal(saved[name], written[name]) for name in saved)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| window | {PTE['window']} thought tokens |" in card and "unknown" not in card
+
+
 def test_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(whole, folder):
     (folder / "resumed").mkdir()
     shutil.copytree(folder / "whole" / "global_step_2", folder / "resumed" / "global_step_2")

@@ -1,5 +1,4 @@
-"""The command line, ``verl-pte``: serve a PTE model over HTTP, talk to it in the terminal, distil a first
-adapter, prepare data sets.
+"""The command line, ``verl-pte``, from data to a served model; ``verl-pte --help`` lists what there is.
 
 Importing it loads typer and rich, nothing of torch, vLLM or verl: each command imports what it runs.
 """

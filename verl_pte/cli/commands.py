@@ -1,7 +1,7 @@
 """The command line's `serve` and `generate`: what they are told, and what they start.
 
-Left out: the server (verl_pte/vllm/serve.py), the chat (chat.py, terminal.py, display.py), and the commands with
-files of their own, prepare_data.py and warm_start.py.
+Left out: the server (verl_pte/vllm/serve.py), the chat (chat.py, terminal.py, display.py), and the other commands,
+which are files of their own.
 """
 
 import os
@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 from rich.console import Console
 
+from verl_pte.cli.doctor import doctor
 from verl_pte.cli.errors import INTERRUPTED, fail, user_errors
+from verl_pte.cli.export import export
 from verl_pte.cli.plan import plan
 from verl_pte.cli.prepare_data import prepare_data
 from verl_pte.cli.warm_start import warm_start
@@ -37,6 +39,8 @@ app = typer.Typer(
 app.command("prepare-data")(prepare_data)
 app.command("warm-start")(warm_start)
 app.command()(plan)
+app.command()(export)
+app.command()(doctor)
 
 
 class Engine(StrEnum):

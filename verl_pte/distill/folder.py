@@ -37,14 +37,14 @@ class RunFolder:
         """Raise ValueError if the folder holds another run, or something else."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"--output {self.path}: must be a folder, this is a file")
-        if not self._settings.is_file():
+        saved = self.settings
+        if saved is None:
             foreign = [p.name for p in self.path.iterdir() if p.suffix != _UNFINISHED] if self.path.is_dir() else []
             if foreign:
                 raise ValueError(
                     f"--output {self.path}: holds {foreign[0]} and no warm start; give a new or an empty folder"
                 )
             return
-        saved = json.loads(self._settings.read_text())
         for name in sorted(settings.keys() | saved.keys()):
             if settings.get(name) != saved.get(name):
                 raise ValueError(
@@ -58,6 +58,11 @@ class RunFolder:
         unfinished = _unfinished(self._settings)
         unfinished.write_text(json.dumps(settings, indent=1) + "\n")
         os.replace(unfinished, self._settings)
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """What the run is, by option; None if the folder holds no warm start."""
+        return json.loads(self._settings.read_text()) if self._settings.is_file() else None
 
     @property
     def finished(self) -> bool:

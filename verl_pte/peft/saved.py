@@ -21,6 +21,7 @@ from verl_pte.peft.model import attach, check_architecture, pte_config
 
 WEIGHTS = "adapter_model.safetensors"
 ADAPTER_FILES = ("adapter_config.json", WEIGHTS)
+ADAPTER_FOLDER = "pte_adapter"  # beside an actor's other files in a verl checkpoint
 # Settings of a run rather than of what was learned: an adapter may be used, and trained on, under others of these.
 RUN_SETTINGS = ("window", "evict_fraction", "block_size", "gradient", "kv_store", "chunk_tokens", "reference_cache")
 
@@ -34,7 +35,7 @@ def saved_config(adapter: str) -> PTEConfig:
         if not (folder / name).is_file():
             raise ValueError(
                 f"adapter={adapter}: has no {name}; give the folder that model.save_pretrained(DIR) wrote, or "
-                "actor/pte_adapter of a verl checkpoint"
+                f"actor/{ADAPTER_FOLDER} of a verl checkpoint"
             )
     try:
         config = PeftConfig.from_pretrained(adapter)
@@ -84,12 +85,9 @@ def check_fits(adapter: str, model: PeftModel) -> None:
     differ. So must the tensors' names and shapes, which another base model's are not.
     """
     saved, own = saved_config(adapter), pte_config(model)
-    with safe_open(Path(adapter) / WEIGHTS, framework="pt") as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    found, wanted = saved_shapes(adapter), own_shapes(model)
     # PEFT writes `all-linear` out as every module's full name: what was adapted can be compared, how it was said not.
-    settings = {"target_modules": (_kinds(found), _kinds(wanted))}
+    settings = {"target_modules": (adapted_kinds(found), adapted_kinds(wanted))}
     for key, _, _ in PTEConfig.knobs():
         there, here = settings.get(key, (getattr(saved, key), getattr(own, key)))
         if key not in RUN_SETTINGS and there != here:
@@ -104,7 +102,19 @@ def check_fits(adapter: str, model: PeftModel) -> None:
             )
 
 
-def _kinds(names: Iterable[str]) -> list[str]:
+def saved_shapes(adapter: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in an adapter's folder, by the name it has there."""
+    with safe_open(Path(adapter) / WEIGHTS, framework="pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+
+
+def own_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that saving the attached `model` would write, by the name it would have there."""
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def adapted_kinds(names: Iterable[str]) -> list[str]:
     """Names of the linears that adapter tensors belong to, without their layers: ``down_proj``, ..."""
     modules = {name.partition(".pte_adapter.")[0] for name in names if ".pte_adapter." in name}
     return sorted({module.rpartition(".")[2] for module in modules})

@@ -16,10 +16,8 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 
-from verl_pte.peft.saved import WEIGHTS
+from verl_pte.peft.saved import ADAPTER_FOLDER, WEIGHTS
 from verl_pte.verl.adapter_tensors import full_adapter_tensors, load_adapter_tensors
-
-ADAPTER_FOLDER = "pte_adapter"
 
 
 class AdapterCheckpointManager(FSDPCheckpointManager):
