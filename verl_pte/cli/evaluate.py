@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from verl_pte.cli.errors import INTERRUPTED, user_errors
+from verl_pte.cli.errors import INTERRUPTED, fail, user_errors
 from verl_pte.cli.responses import ResponseDisplay
 from verl_pte.cli.source import (
     Adapter,
@@ -173,7 +173,10 @@ def _run(
     tokenizer = chat_tokenizer(settings.model)
     folder.check_free()
     with errors.status("reading data"):
-        files = data_files(data, folder.data)
+        try:
+            files = data_files(data, folder.data)
+        except RuntimeError as error:
+            fail(error, 1)
         sets = {name: read_questions(name, path, tokenizer) for name, path in files.items()}
     questions = [question for rows in sets.values() for question in rows]
     check_positions(questions, max(settings.max_tokens), max_positions)

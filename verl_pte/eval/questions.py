@@ -25,7 +25,7 @@ def data_files(given: Iterable[str], prepared: Path) -> dict[str, Path]:
     """Name -> parquet file of what ``--data`` names: a file, or a set of `verl_pte.data.SETS`.
 
     A set that is not in the folder `prepared` yet is written there, from the hub. Raises ValueError for other names,
-    and for two of the same.
+    and for two of the same; RuntimeError if the hub fails.
     """
     from verl_pte.data import SETS, prepare
 
@@ -36,7 +36,6 @@ def data_files(given: Iterable[str], prepared: Path) -> dict[str, Path]:
         if name in found:
             raise ValueError(f"--data {text}: there are two of the name {name}; results are told apart by it")
         if known and not path.is_file():
-            prepared.mkdir(parents=True, exist_ok=True)
             prepare(text, path)
         elif not path.is_file():
             raise ValueError(f"--data {text}: no such file, and no set of that name; sets are {', '.join(SETS)}")
@@ -50,20 +49,9 @@ def read_questions(name: str, path: Path, tokenizer: Any) -> list[Question]:
 
     questions = []
     for row, fields in enumerate(read_rows(path)):
-        truth = (fields.get("reward_model") or {}).get("ground_truth")
-        if truth is None or truth == "":
-            raise ValueError(f"--data {path}: row {row} has no reward_model.ground_truth, nothing to grade against")
         prompt = tokenizer.apply_chat_template(fields["prompt"], add_generation_prompt=True, return_dict=False)
-        questions.append(
-            Question(
-                name,
-                row,
-                [int(t) for t in prompt],
-                truth,
-                fields.get("data_source") or name,
-                fields["extra_info"] or {},
-            )
-        )
+        truth, extra = fields["reward_model"]["ground_truth"], fields["extra_info"] or {}
+        questions.append(Question(name, row, [int(t) for t in prompt], truth, fields["data_source"], extra))
     return questions
 
 

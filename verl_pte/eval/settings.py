@@ -58,10 +58,10 @@ class EvaluateSettings:
         self._require("top_k", self.top_k >= 0, "must be positive, or 0 for all tokens")
         self._require("n", self.n == 1 or self.temperature > 0, "with --temperature 0 all samples are the same; use 1")
         for name in ("window", "max_tokens", "k"):
-            values = getattr(self, name)
-            twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
-            if twice is not None or None in values and values.count(None) > 1:
-                raise ValueError(f"{option(name)}: {twice} is there twice")
+            values = _texts(getattr(self, name))
+            for value in values:
+                if values.count(value) > 1:
+                    raise ValueError(f"{option(name)}: {value} is there twice")
         for k in self.k:
             if not 1 <= k <= self.n:
                 raise ValueError(f"--k {k}: must be in [1, --n {self.n}]: pass@k needs at least k samples a row")
@@ -77,12 +77,16 @@ class EvaluateSettings:
         if Path(self.model).is_dir():
             out["model"] = str(Path(self.model).resolve())
         for name in ("window", "max_tokens"):  # as they are given
-            out[name] = ",".join("full" if value is None else str(value) for value in out[name])
+            out[name] = ",".join(_texts(out[name]))
         return out | digests
 
     def _require(self, name: str, right: bool, what: str) -> None:
         if not right:
             raise ValueError(f"{option(name)} {getattr(self, name)}: {what}")
+
+
+def _texts(values: Sequence[int | None]) -> list[str]:
+    return ["full" if value is None else str(value) for value in values]
 
 
 def option(name: str) -> str:
