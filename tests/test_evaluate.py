@@ -426,3 +426,21 @@ def test_a_reward_that_fails_ends_the_run(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "reward.py").write_text("def f(**kwargs):\n    return 1 / 0\n")
     result = run(folder, tmp_path / "out", "--window=16", f"--reward={tmp_path}/reward.py:f")
     assert result.exit_code == 2 and "raised ZeroDivisionError" in result.output
+
+
+def test_command_of_the_documentation_runs(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one, with a tiny model in place of the reader's."""
+    block = re.search(r"^((?:    .*\n)+)", (ROOT / "docs" / "evaluation.md").read_text(), flags=re.M)[1]
+    command = block.replace("\\\n", " ").replace("path/to/model", str(folder / "model"))
+    program, *arguments_ = command.replace("path/to/adapter", str(folder / "adapter")).split()
+    assert program == "verl-pte"
+    write_data(tmp_path / "questions.parquet", rows=2)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, arguments_)
+    assert result.exit_code == 0, result.output
+    assert len(items(tmp_path / "scores")) == 2 * 4 * 3 * 2
+    written = re.findall(
+        r"^      (\w[\w.]+)(?:, (\w[\w.]+))? ", (ROOT / "docs" / "evaluation.md").read_text(), flags=re.M
+    )
+    promised = {name for names in written for name in names if name}
+    assert {path.name for path in (tmp_path / "scores").iterdir()} == promised
