@@ -55,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
     """A folder with model/, adapter/, questions.parquet and reward.py; sampled responses end early now and then."""
     path = tmp_path_factory.mktemp("evaluate")
     make_model(path / "model", initializer_range=0.3)
-    make_adapter(path, path / "adapter", evict_fraction=0.5)
+    make_adapter(path, path / "adapter", evict_fraction=0.5, block_size=4)
     write_data(path / "questions.parquet")
     (path / "reward.py").write_text(REWARD)
     return path
@@ -334,7 +334,7 @@ def test_baselines_are_the_untouched_model(swept: Path, folder: Path, tmp_path: 
     alone = evaluated("alone", "--baseline=window", "--window=16")
     assert alone == untouched(window=16) == evaluated("plain", "--window=16")
     beside = evaluated("beside", "--baseline=window", with_adapter(folder))
-    assert beside == untouched(window=16, evict_fraction=0.5, block_size=8) != alone
+    assert beside == untouched(window=16, evict_fraction=0.5, block_size=4) != alone
     full = evaluated("full", "--baseline=full")
     assert full == untouched(window=None) == evaluated("zero", "--window=0")
     assert full == evaluated("full beside", "--baseline=full", with_adapter(folder))
