@@ -121,7 +121,7 @@ def whole(folder: Path) -> Path:
         result = run(folder, folder / "whole", with_adapter(folder))
     assert result.exit_code == 0, result.output
     assert f"numbers: {folder / 'whole' / 'summary.json'}" in result.stdout
-    assert re.search(rf"questions +│ +{PTE['window']} │ +{MAX_TOKENS} │ +[\d.]+ \[[\d.]+, [\d.]+\] │", result.stdout)
+    assert re.search(rf"questions +{PTE['window']} +{MAX_TOKENS} +[\d.]+ \[[\d.]+, [\d.]+\] ", result.stdout)
     assert f"responses {ROWS * N}/{ROWS * N}" in result.stderr
     return folder / "whole"
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
-_NUMBERS = ("tokens", "truncated %", "unparsed %", "evictions", "peak cache")
+_NUMBERS = ("tokens", "trun-\ncated", "un-\nparsed", "evic-\ntions", "peak\ncache")
 
 
 def scores_table(summary: dict[str, Any]) -> Table:
@@ -13,10 +14,14 @@ def scores_table(summary: dict[str, Any]) -> Table:
     shown = [ks[0]] if len(ks) == 1 else [ks[0], ks[-1]]
     rows = sum(summary["rows"].values())
     table = Table(
-        caption=f"{rows} rows, n={summary['n']}; [95 % bootstrap intervals over rows]", caption_justify="left"
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        caption=f"{rows} rows, n={summary['n']}. Shares in %; [95 % bootstrap intervals over rows].",
+        caption_justify="left",
     )
-    for name in ("data", "window", "max tokens", *(f"pass@{k} %" for k in shown), *_NUMBERS):
-        table.add_column(name, justify="left" if name == "data" else "right")
+    for name in ("data", "window", "max\ntokens", *(f"pass@{k}" for k in shown), *_NUMBERS):
+        # On 80 columns intervals go to a second line, and nothing is cut off.
+        table.add_column(name, justify="left" if name == "data" else "right", overflow="fold", min_width=6)
     for cell in summary["cells"]:
         table.add_row(*_head(cell["data"], cell, shown), *_facts(cell))
     for cell in summary.get("mean_of_sets", []):
