@@ -354,6 +354,29 @@ def test_several_sets(whole: Path, folder: Path, tmp_path: Path, graded: Path) -
     assert [c for c in numbers["cells"] if c["data"] == "questions"] == summary(whole)["cells"]
 
 
+def test_sets_are_prepared_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into the run's folder, under their names, where a run that goes on finds them."""
+    asked = []
+
+    def prepare(name: str, output: Path) -> None:
+        asked.append(name)
+        if len(asked) == 1:
+            raise RuntimeError("the hub is not there")
+        output.parent.mkdir(parents=True)
+        write_data(output, rows=2)
+
+    monkeypatch.setattr("verl_pte.data.prepare", prepare)
+    named = [a for a in arguments(folder, tmp_path / "out", "--window=16") if not a.startswith("--data")]
+    result = CliRunner().invoke(app, [*named, "--data=aime-2024"])
+    assert result.exit_code == 1 and "the hub is not there" in result.output
+    for _ in range(2):
+        result = CliRunner().invoke(app, [*named, "--data=aime-2024"])
+        assert result.exit_code == 0, result.output
+        assert asked == ["aime-2024"] * 2
+    assert {key[0] for key in items(tmp_path / "out")} == {"aime-2024"}
+    assert (tmp_path / "out" / "data" / "aime-2024.parquet").is_file()
+
+
 # -- refused
 # ------------------------------------------------------------------------------------------------------------
 
