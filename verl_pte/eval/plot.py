@@ -44,12 +44,13 @@ def _sweep(cells: list[dict[str, Any]], over: str, other: str, label: str, targe
         )
 
     def draw(axes: Any) -> None:
-        for name, found in lines.items():
+        for i, (name, found) in enumerate(lines.items()):
             passes = [cell["pass"]["1"] for cell in found]
             mean = [100 * value["mean"] for value in passes]
             below = [100 * (value["mean"] - value["low"]) for value in passes]
             above = [100 * (value["high"] - value["mean"]) for value in passes]
-            x = [places.index(cell[over]) for cell in found]
+            beside = 0.04 * (i - (len(lines) - 1) / 2)  # so that intervals do not cover each other
+            x = [places.index(cell[over]) + beside for cell in found]
             axes.errorbar(x, mean, yerr=[below, above], marker="o", capsize=3, label=name)
         axes.set_xticks(range(len(places)), [_name(place) for place in places])
         axes.set(xlabel=label, ylabel="pass@1, %")
@@ -66,7 +67,9 @@ def _lengths(records: Iterable[Record], target: Path) -> Path:
 
     def draw(axes: Any) -> None:
         for window in sorted(tokens, key=lambda w: (w is None, w)):
-            axes.hist(tokens[window][max(tokens[window])], bins=_BINS, histtype="step", label=f"window {_name(window)}")
+            longest = max(tokens[window])
+            label = "full cache" if window is None else f"window {window}"
+            axes.hist(tokens[window][longest], bins=_BINS, range=(0, longest), histtype="step", label=label)
         axes.set(xlabel="response, tokens", ylabel="responses")
         axes.legend(fontsize="small")
 
