@@ -161,14 +161,15 @@ def _run(
     from verl_pte.eval.questions import check_positions, data_files, digest, read_questions
     from verl_pte.eval.run import Evaluation
     from verl_pte.eval.scoring import MathScorer, OwnScorer, reward_digest
-    from verl_pte.peft.saved import adapter_digest, base_config, check_base
+    from verl_pte.export.check import check as check_adapter
+    from verl_pte.peft.saved import adapter_digest, base_config
 
     errors, folder = Console(stderr=True, highlight=False), EvaluationFolder(output)
     pte = [_source(settings, window).settings() for window in settings.window][0]
     max_positions = base_config(settings.model).max_position_embeddings
     weights = _source(settings, None).weights
     if weights is not None:
-        check_base(weights, settings.model)
+        check_adapter(weights, settings.model)  # PEFT takes one of a base with fewer layers
     scorer = MathScorer() if settings.reward is None else OwnScorer(settings.reward)
     tokenizer = chat_tokenizer(settings.model)
     folder.check_free()

@@ -121,18 +121,6 @@ def adapter_digest(adapter: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def check_base(adapter: str, model: str) -> None:
-    """Raise ValueError unless the saved adapter is one of a base of this shape; loads no weights.
-
-    PEFT itself takes an adapter of a base with fewer layers, and leaves the others untrained.
-    """
-    pte = saved_config(adapter)
-    pte.base_model_name_or_path = None  # the base may have been moved
-    with torch.device("meta"):
-        shape = attach(AutoModelForCausalLM.from_config(base_config(model)), pte)
-    check_fits(adapter, shape)
-
-
 def adapted_kinds(names: Iterable[str]) -> list[str]:
     """Names of the linears that adapter tensors belong to, without their layers: ``down_proj``, ..."""
     modules = {name.partition(".pte_adapter.")[0] for name in names if ".pte_adapter." in name}
