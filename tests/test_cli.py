@@ -51,7 +51,7 @@ def test_help_needs_neither_torch_nor_vllm_nor_verl() -> None:
         "app(sys.argv[1:])"
     )
     shown = {}
-    for command in ("", "serve", "generate", "warm-start", "prepare-data", "plan", "export", "doctor"):
+    for command in ("", "serve", "generate", "warm-start", "prepare-data", "evaluate", "plan", "export", "doctor"):
         asked = [sys.executable, "-c", code, *filter(None, [command]), "--help"]
         done = subprocess.run(asked, capture_output=True, text=True, env=os.environ | {"COLUMNS": "300"})
         assert done.returncode == 0, done.stderr
@@ -60,6 +60,7 @@ def test_help_needs_neither_torch_nor_vllm_nor_verl() -> None:
     assert "kv_transfer_params" in shown["serve"] and "peak_cache_tokens" in shown["serve"]
     assert "127.0.0.1" in shown["serve"]
     assert "never evicted" in shown["generate"]
+    assert "pass@k" in shown["evaluate"] and "--baseline" in shown["evaluate"]
     assert "without labels" in shown["warm-start"] and "--pte" in shown["warm-start"]
     assert "olympiadbench" in shown["prepare-data"] and "{problem}" in shown["prepare-data"]
     assert "micro" in shown["plan"] and "Nothing is loaded" in shown["plan"]

@@ -1,31 +1,39 @@
 """The command line's `serve` and `generate`: what they are told, and what they start.
 
-Left out: the server (verl_pte/vllm/serve.py), the chat (chat.py, terminal.py, display.py), and the other commands,
-which are files of their own.
+What commands share is in source.py. Left out: the server (verl_pte/vllm/serve.py), the chat (chat.py, terminal.py,
+display.py), and the other commands, which are files of their own.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from verl_pte.cli.doctor import doctor
-from verl_pte.cli.errors import INTERRUPTED, fail, user_errors
+from verl_pte.cli.errors import INTERRUPTED, user_errors
+from verl_pte.cli.evaluate import evaluate
 from verl_pte.cli.export import export
 from verl_pte.cli.plan import plan
 from verl_pte.cli.prepare_data import prepare_data
+from verl_pte.cli.source import (
+    Adapter,
+    Dtype,
+    EngineName,
+    Model,
+    Options,
+    Source,
+    WhichEngine,
+    check_options,
+    quiet_vllm,
+    vllm_arguments,
+)
 from verl_pte.cli.warm_start import warm_start
 
 if TYPE_CHECKING:
-    from verl_pte.config import PTEConfig
     from verl_pte.engine.stream import Streamer
-
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,22 +47,11 @@ app = typer.Typer(
 app.command("prepare-data")(prepare_data)
 app.command("warm-start")(warm_start)
 app.command()(plan)
+app.command()(evaluate)
 app.command()(export)
 app.command()(doctor)
 
 
-class Engine(StrEnum):
-    """Which engine generates."""
-
-    native = "native"
-    vllm = "vllm"
-
-
-Model = Annotated[str, typer.Option(help="Base model: a directory, or a hub id.")]
-Adapter = Annotated[
-    str | None,
-    typer.Option(help="Folder of a saved PTE adapter; of a verl checkpoint, actor/pte_adapter.", show_default="none"),
-]
 Window = Annotated[
     int | None,
     typer.Option(
@@ -63,9 +60,6 @@ Window = Annotated[
         "adapter, which is the untouched base model.",
         show_default="the adapter's",
     ),
-]
-Options = Annotated[
-    list[str] | None, typer.Argument(metavar="-- VLLM_OPTIONS", help="Any options of vllm serve, behind a --.")
 ]
 
 
@@ -112,7 +106,7 @@ def serve(
         "dtype": dtype,
     }
     with user_errors():
-        args = _vllm_arguments(_Source(model, adapter, window), max_prompt_length, named, options)
+        args = vllm_arguments(Source(model, adapter, window), max_prompt_length, named, options)
         from verl_pte.vllm.serve import serve as run
 
         run(args)
@@ -122,9 +116,7 @@ def serve(
 def generate(
     model: Model,
     adapter: Adapter = None,
-    engine: Annotated[Engine, typer.Option(help="What runs the model; vllm needs verl-pte's extra of that name.")] = (
-        Engine.native
-    ),
+    engine: WhichEngine = EngineName.native,
     prompt: Annotated[
         str | None, typer.Option(help="Answer this and end.", show_default="chat in a terminal, else standard input")
     ] = None,
@@ -136,9 +128,7 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.", show_default="random")] = None,
     window: Window = None,
-    dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16, float16; vLLM's auto is never float32.")
-    ] = "auto",
+    dtype: Dtype = "auto",
     options: Options = None,
 ) -> None:
     """Talk to a model under PTE, and watch its cache.
@@ -150,7 +140,7 @@ def generate(
     With --prompt, or where input or output is not a terminal, it answers once: the text goes to standard output, the
     numbers to standard error.
     """
-    source = _Source(model, adapter, window)
+    source = Source(model, adapter, window)
     interactive = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     with user_errors():
         from verl_pte.cli.chat import Chat, chat_tokenizer
@@ -158,13 +148,12 @@ def generate(
         from verl_pte.engine import SamplingParams
 
         sampling = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
-        if engine is Engine.native and options:
-            raise ValueError(f"{options[0]}: vLLM's options need --engine vllm")
+        check_options(engine, options)
         source.settings()  # what is wrong with it comes first
         tokenizer = chat_tokenizer(model)
         waiting = Console(stderr=True).status(f"loading {model}") if interactive else nullcontext()
         with waiting:
-            if engine is Engine.vllm:
+            if engine is EngineName.vllm:
                 streamer = _vllm_streamer(source, dtype, max_prompt_length, options or [])
             else:
                 streamer = _native_streamer(source, tokenizer, dtype, max_prompt_length)
@@ -175,67 +164,16 @@ def generate(
             raise typer.Exit(INTERRUPTED)
 
 
-class _Source(NamedTuple):
-    """What is to be run, as named on the command line."""
-
-    model: str
-    adapter: str | None
-    window: int | None
-
-    def settings(self) -> "PTEConfig":
-        """The adapter's settings, or those of the untouched base; under another window if asked."""
-        from verl_pte.config import PTEConfig
-        from verl_pte.peft.saved import base_config, saved_config
-
-        if self.adapter is None and self.window is None:
-            raise ValueError(
-                "--adapter DIR is missing; for the base model alone give --window N, the thought tokens its cache holds"
-            )
-        base_config(self.model)
-        # For the base the smallest adapter there is: untrained it does nothing.
-        pte = PTEConfig(rank=1, freeze_state=True) if self.adapter is None else saved_config(self.adapter)
-        if self.window is not None:
-            pte.window = self.window or None
-            pte.schedule()  # checks it
-        return pte
-
-
-def _vllm_arguments(
-    source: _Source, max_prompt_length: int | None, named: dict[str, Any], options: Sequence[str] | None
-) -> Any:
-    """vLLM's arguments: PTE's, those with a name here, and the user's own, which come last and win."""
-    from verl_pte.vllm import engine_args
-    from verl_pte.vllm.version import require_version
-
-    try:
-        require_version()
-    except RuntimeError as error:
-        fail(error, 1)
-    pte = source.settings()
-    ours = engine_args(source.model, pte=pte, adapter=source.adapter, max_prompt_length=max_prompt_length)
-    from verl_pte.vllm.options import parse
-
-    given = [f"--{name}={value}" for name, value in named.items() if value is not None]
-    return parse(ours, [*given, *(options or ())])
-
-
-def _vllm_streamer(source: _Source, dtype: str, max_prompt_length: int, options: Sequence[str]) -> "Streamer":
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+def _vllm_streamer(source: Source, dtype: str, max_prompt_length: int, options: Sequence[str]) -> "Streamer":
+    quiet_vllm()
     named = {"dtype": dtype}
-    args = _vllm_arguments(source, max_prompt_length, named, ["--no-use-tqdm-on-load", *options])
+    args = vllm_arguments(source, max_prompt_length, named, ["--no-use-tqdm-on-load", *options])
     from verl_pte.vllm.stream import VLLMStreamer
 
     return VLLMStreamer(args, max_prompt_length)
 
 
-def _native_streamer(source: _Source, tokenizer: Any, dtype: str, max_prompt_length: int) -> "Streamer":
-    import torch
-
+def _native_streamer(source: Source, tokenizer: Any, dtype: str, max_prompt_length: int) -> "Streamer":
     from verl_pte.engine.stream import NativeStreamer
-    from verl_pte.peft.saved import load
 
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype={dtype}: must be one of {', '.join(_DTYPES)}")
-    model = load(source.model, source.adapter, source.settings(), dtype)
-    return NativeStreamer(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, max_prompt_length)
+    return NativeStreamer(source.load(dtype), tokenizer, max_prompt_length)

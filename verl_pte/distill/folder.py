@@ -21,8 +21,7 @@ import torch
 from peft import PeftModel
 
 from verl_pte.distill.settings import option
-
-_UNFINISHED = ".unfinished"
+from verl_pte.run_claim import check_free, check_same, claim, replace_text, saved_settings, unfinished_name
 
 
 class RunFolder:
@@ -31,38 +30,21 @@ class RunFolder:
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self.adapter, self.log = self.path / "adapter", self.path / "log.jsonl"
-        self._settings, self._checkpoint = self.path / "settings.json", self.path / "checkpoint.pt"
+        self._checkpoint = self.path / "checkpoint.pt"
 
     def check(self, settings: dict[str, Any]) -> None:
         """Raise ValueError if the folder holds another run, or something else."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"--output {self.path}: must be a folder, this is a file")
-        saved = self.settings
-        if saved is None:
-            foreign = [p.name for p in self.path.iterdir() if p.suffix != _UNFINISHED] if self.path.is_dir() else []
-            if foreign:
-                raise ValueError(
-                    f"--output {self.path}: holds {foreign[0]} and no warm start; give a new or an empty folder"
-                )
-            return
-        for name in sorted(settings.keys() | saved.keys()):
-            if settings.get(name) != saved.get(name):
-                raise ValueError(
-                    f"{option(name)} {settings.get(name)}: --output {self.path} holds a run with {saved.get(name)}; "
-                    "give that to continue it, or another folder"
-                )
+        check_free(self.path, "warm start")
+        check_same(self.path, settings, option)
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Make the folder this run's."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        unfinished = _unfinished(self._settings)
-        unfinished.write_text(json.dumps(settings, indent=1) + "\n")
-        os.replace(unfinished, self._settings)
+        claim(self.path, settings)
 
     @property
     def settings(self) -> dict[str, Any] | None:
         """What the run is, by option; None if the folder holds no warm start."""
-        return json.loads(self._settings.read_text()) if self._settings.is_file() else None
+        return saved_settings(self.path)
 
     @property
     def finished(self) -> bool:
@@ -77,13 +59,13 @@ class RunFolder:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint."""
-        unfinished = _unfinished(self._checkpoint)
+        unfinished = unfinished_name(self._checkpoint)
         torch.save(state, unfinished)
         os.replace(unfinished, self._checkpoint)
 
     def finish(self, model: PeftModel) -> None:
         """Write the result, and drop the checkpoint."""
-        unfinished = _unfinished(self.adapter)
+        unfinished = unfinished_name(self.adapter)
         shutil.rmtree(unfinished, ignore_errors=True)
         model.save_pretrained(str(unfinished), save_embedding_layers=False)
         os.rename(unfinished, self.adapter)
@@ -101,15 +83,9 @@ class RunFolder:
     def cut_log(self, steps: int) -> None:
         """Drop what was logged after so many steps."""
         kept = [record for record in self.records() if record["step"] <= steps]
-        unfinished = _unfinished(self.log)
-        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(unfinished, self.log)
+        replace_text(self.log, "".join(json.dumps(record) + "\n" for record in kept))
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a line to the log."""
         with self.log.open("a") as log:
             log.write(json.dumps(record) + "\n")
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(path.name + _UNFINISHED)

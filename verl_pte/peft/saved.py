@@ -5,6 +5,7 @@ Wrong paths and foreign adapters end here, with what would be right. Left out: s
 ``save_pretrained``.
 """
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,12 @@ def own_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that saving the attached `model` would write, by the name it would have there."""
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def adapter_digest(adapter: str) -> str:
+    """Says whether two folders, or one at two times, hold the same tensors."""
+    with (Path(adapter) / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def adapted_kinds(names: Iterable[str]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 from verl_pte.core.schedule import Schedule
 from verl_pte.engine.sampling import SamplingParams
 from verl_pte.engine.stream import Piece, fitted
+from verl_pte.vllm.sampling import vllm_sampling
 from verl_pte.vllm.settings import Settings
 
 
@@ -53,7 +54,9 @@ class VLLMStreamer:
 
         sampling = fitted(sampling, len(prompt), self.max_prompt_length, self.max_positions)
         self._num_requests += 1
-        request_id = self.engine.add_request(str(self._num_requests), tokens_input(prompt), _vllm_sampling(sampling))
+        request_id = self.engine.add_request(
+            str(self._num_requests), tokens_input(prompt), vllm_sampling(sampling, "DELTA")
+        )
         count = 0
         try:
             while self.engine.has_unfinished_requests():
@@ -76,23 +79,6 @@ class VLLMStreamer:
         return piece._replace(
             finish_reason=output.outputs[0].finish_reason, peak_cache_tokens=facts.get("peak_cache_tokens")
         )
-
-
-def _vllm_sampling(sampling: SamplingParams) -> Any:
-    from vllm import SamplingParams as VLLMSamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return VLLMSamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=max(sampling.top_k, 0),
-        max_tokens=sampling.max_tokens,
-        seed=sampling.seed,
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=sampling.ignore_eos,
-        detokenize=False,
-        output_kind=RequestOutputKind.DELTA,
-    )
 
 
 def _most_tokens(schedule: Schedule, longest_prompt: int, max_positions: int) -> int:
