@@ -19,7 +19,7 @@ _EXTRAS = {  # (part, what it is for)
     "verl": (Part.verl, "training with verl"),
     "megatron": (Part.extra, "Megatron"),
     "eval": (Part.extra, "the math reward"),
-    "docs": (Part.extra, "plots"),
+    "docs": (Part.extra, "plots and the documentation"),
 }
 
 
