@@ -75,9 +75,9 @@ def test_examples_of_concepts_are_right() -> None:
     assert results.attempted >= 6 and results.failed == 0
 
 
-def _quoted_messages(markdown: str) -> list[str]:
-    """Code in the first column of the tables that begin with `message`."""
-    tables = re.findall(r"^\| message \|.*\n\|[-|]+\n((?:\|.*\n)+)", markdown, flags=re.M)
+def _quoted_messages(markdown: str, head: str = "message") -> list[str]:
+    """Code in the first column of the tables whose first column has this head."""
+    tables = re.findall(rf"^\| {head} \|.*\n\|[-|]+\n((?:\|.*\n)+)", markdown, flags=re.M)
     return [code for row in "".join(tables).splitlines() for code in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
 
 
@@ -88,11 +88,17 @@ def _strings(path: Path) -> list[str]:
 
 
 def test_errors_that_troubleshooting_quotes_are_the_codes() -> None:
-    messages = _quoted_messages((ROOT / "docs" / "troubleshooting.md").read_text())
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = _quoted_messages(page)
     assert len(messages) > 30
     files = [*(ROOT / "verl_pte").rglob("*.py"), *(ROOT / "patches").glob("*.py")]
     strings = [text for file in files for text in _strings(file)]
     assert [message for message in messages if not any(message in text for text in strings)] == []
+    import verl
+
+    (of_verl,) = _quoted_messages(page, "message of verl")
+    resources = Path(verl.__file__).parent / "single_controller" / "ray" / "base.py"
+    assert any(of_verl in text for text in _strings(resources))
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=_names(MARKDOWN))
