@@ -3,7 +3,7 @@
 #   make quickstart   train a tiny model with PTE through verl, on a CPU (examples/quickstart)
 #   make test         all tests
 #   make lint         ruff and mypy;  make format  applies what ruff can
-#   make docs         regenerate what is generated under docs/
+#   make docs         regenerate what is generated under docs/, build the site into site/
 #
 # PIP_ARGS goes to pip, e.g. an extra index for torch's CPU build; PYTEST_ARGS and QUICKSTART_ARGS to what their names say.
 # VLLM is the build of vLLM to install, cpu or gpu (CUDA); the default is gpu where there is an NVIDIA device. It counts when
@@ -60,3 +60,4 @@ format: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/generate_configuration.py
 	$(BIN)/python docs/draw_images.py
+	$(BIN)/mkdocs build --strict

@@ -6,21 +6,23 @@
 #   RECIPE=lora_window MODEL=qwen2.5_3b bash examples/run_pte.sh           a baseline (recipes/README.md)
 #   MODEL=qwen2.5_3b bash examples/run_pte.sh trainer.logger='[console,wandb]'     further arguments go to verl
 #
-# The values are the paper's where it states one. Data come from the hub unless TRAIN_FILE and VAL_FILE exist. WARM_START=1 first
-# distils the full-cache base into an adapter (docs/warm_start.md). Started again, it goes on from the last checkpoint.
+# What is not set is the recipe's. Data come from the hub where they are missing. WARM_START=1 first distils the full-cache base
+# into an adapter (docs/warm_start.md). Started again with the same settings, it goes on from the last checkpoint; with others it
+# wants another OUT.
 set -xeuo pipefail
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python}
 RECIPE=${RECIPE:-pte_grpo}
 MODEL=${MODEL:-any}                 # a file of recipes/pte/model
-MODEL_PATH=${MODEL_PATH:-}          # default: the one that file names
+GROUP=$REPO/recipes/pte/model/$MODEL.yaml
+MODEL_PATH=${MODEL_PATH:-$(sed -n 's/^ *path: *//p' "$GROUP")}
 ROLLOUT=${ROLLOUT:-native}          # or vllm
 NUM_GPUS=${NUM_GPUS:-8}
 FAMILY=${FAMILY:-qwen2.5}           # of the prompts: verl-pte prepare-data --help
 DATA_DIR=${DATA_DIR:-$REPO/data/$FAMILY}
-TRAIN_FILE=${TRAIN_FILE:-$DATA_DIR/dapo-math-17k.parquet}
-VAL_FILE=${VAL_FILE:-$DATA_DIR/math-500.parquet}
+TRAIN_FILE=${TRAIN_FILE:-}          # default: DAPO-Math-17K in DATA_DIR
+VAL_FILE=${VAL_FILE:-}              # default: MATH-500 in DATA_DIR
 OUT=${OUT:-$REPO/outputs/$RECIPE-$MODEL}
 TOTAL_STEPS=${TOTAL_STEPS:-null}    # null: once through the data
 WARM_START=${WARM_START:-0}
@@ -29,39 +31,65 @@ WARM_START_ARGS=${WARM_START_ARGS:-}  # more options of verl-pte warm-start: whe
 WINDOW=${WINDOW:-1024}
 MAX_PROMPT_LENGTH=${MAX_PROMPT_LENGTH:-1024}
 MAX_RESPONSE_LENGTH=${MAX_RESPONSE_LENGTH:-3072}
-TRAIN_BATCH_SIZE=${TRAIN_BATCH_SIZE:-64}  # times N: 512 responses a step
-N=${N:-8}
-LR=${LR:-1e-5}
+TRAIN_BATCH_SIZE=${TRAIN_BATCH_SIZE:-}  # prompts a step; default: the recipe's
+N=${N:-}                            # responses a prompt
+LR=${LR:-}
 
-if [[ $RECIPE == lora_full && $WARM_START == 1 ]]; then
-    echo "WARM_START=1: lora_full has a full cache, which has nothing to be taught" >&2
+fail() {
+    echo "error: $1" >&2
     exit 2
-fi
-mkdir -p "$OUT"
+}
 
-if [[ ! -f $TRAIN_FILE || ! -f $VAL_FILE ]]; then
-    "$PYTHON" -m verl_pte.cli prepare-data dapo-math-17k math-500 --family "$FAMILY" --output "$DATA_DIR"
+[[ -n $MODEL_PATH ]] || fail "MODEL_PATH is not set, and MODEL=$MODEL names none"
+case $RECIPE in
+    lora_full) [[ $WARM_START == 0 ]] || fail "WARM_START=$WARM_START: lora_full has a full cache, which has nothing to be taught" ;;
+    lora_window) WARM_START_ARGS="--pte freeze_state=true $WARM_START_ARGS" ;;
+    global_only) WARM_START_ARGS="--pte update_state=false $WARM_START_ARGS" ;;
+esac
+for file in "$TRAIN_FILE" "$VAL_FILE"; do
+    [[ -z $file || -f $file ]] || fail "$file: no such file (TRAIN_FILE, VAL_FILE)"
+done
+
+# What a checkpoint in OUT was made with. verl would go on from it under any settings.
+mkdir -p "$OUT"
+SETTINGS="RECIPE=$RECIPE MODEL_PATH=$MODEL_PATH NUM_GPUS=$NUM_GPUS WARM_START=$WARM_START WINDOW=$WINDOW
+MAX_PROMPT_LENGTH=$MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH=$MAX_RESPONSE_LENGTH TRAIN_BATCH_SIZE=$TRAIN_BATCH_SIZE N=$N LR=$LR"
+if [[ -f $OUT/settings.txt && $(< "$OUT/settings.txt") != "$SETTINGS" ]]; then
+    fail "OUT=$OUT holds a run with other settings ($(tr '\n' ' ' < "$OUT/settings.txt")): set another OUT, or those"
+fi
+echo "$SETTINGS" > "$OUT/settings.txt"
+
+prepare() { # name of the set
+    [[ -f $DATA_DIR/$1.parquet ]] || "$PYTHON" -m verl_pte.cli prepare-data "$1" --family "$FAMILY" --output "$DATA_DIR"
+}
+if [[ -z $TRAIN_FILE ]]; then
+    prepare dapo-math-17k
+    TRAIN_FILE=$DATA_DIR/dapo-math-17k.parquet
+fi
+if [[ -z $VAL_FILE ]]; then
+    prepare math-500
+    VAL_FILE=$DATA_DIR/math-500.parquet
 fi
 
 DATA=(
     data.train_files="$TRAIN_FILE"
     data.val_files="$VAL_FILE"
-    data.train_batch_size="$TRAIN_BATCH_SIZE"
     data.max_prompt_length="$MAX_PROMPT_LENGTH"
     data.max_response_length="$MAX_RESPONSE_LENGTH"
+    ${TRAIN_BATCH_SIZE:+data.train_batch_size="$TRAIN_BATCH_SIZE"}
 )
 MODEL_ARGS=(
     pte/model="$MODEL"
+    actor_rollout_ref.model.path="$MODEL_PATH"
 )
-[[ -z $MODEL_PATH ]] || MODEL_ARGS+=(actor_rollout_ref.model.path="$MODEL_PATH")
 [[ $RECIPE == lora_full ]] || MODEL_ARGS+=(actor_rollout_ref.model.pte.window="$WINDOW")
 ACTOR=(
-    actor_rollout_ref.actor.optim.lr="$LR"
-    actor_rollout_ref.actor.ppo_mini_batch_size="$TRAIN_BATCH_SIZE"
+    ${TRAIN_BATCH_SIZE:+actor_rollout_ref.actor.ppo_mini_batch_size="$TRAIN_BATCH_SIZE"}
+    ${LR:+actor_rollout_ref.actor.optim.lr="$LR"}
 )
 ROLLOUT_ARGS=(
     pte/rollout="$ROLLOUT"
-    actor_rollout_ref.rollout.n="$N"
+    ${N:+actor_rollout_ref.rollout.n="$N"}
 )
 TRAINER=(
     trainer.n_gpus_per_node="$NUM_GPUS"
@@ -73,7 +101,7 @@ TRAINER=(
 if [[ $WARM_START == 1 ]]; then
     read -ra MORE <<< "$WARM_START_ARGS"
     WARM=(
-        --model "${MODEL_PATH:?WARM_START=1 needs MODEL_PATH}"
+        --model "$MODEL_PATH"
         --prompts "$TRAIN_FILE"
         --output "$OUT/warm"
         --steps "$WARM_START_STEPS"

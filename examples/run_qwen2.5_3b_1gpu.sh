@@ -14,5 +14,6 @@ export NUM_GPUS=${NUM_GPUS:-1}
 
 # A smaller step: a global batch of 512 would take one GPU hours.
 export TRAIN_BATCH_SIZE=${TRAIN_BATCH_SIZE:-16}
+export OUT=${OUT:-$(dirname "${BASH_SOURCE[0]}")/../outputs/${RECIPE:-pte_grpo}-$MODEL-1gpu}
 
 exec bash "$(dirname "${BASH_SOURCE[0]}")"/run_pte.sh "$@"

@@ -1,5 +1,7 @@
-"""The documentation keeps up with the code: generated pages, links, commands and worked examples."""
+"""The documentation keeps up with the code: generated pages and pictures, links, quoted errors and worked examples. Its
+commands are in test_commands.py, the site in test_site.py."""
 
+import ast
 import doctest
 import re
 import subprocess
@@ -18,6 +20,7 @@ MARKDOWN = sorted(
         *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("examples/**/*.md"),
         *ROOT.glob("patches/*.md"),
+        *ROOT.glob("recipes/*.md"),
     ]
     if not any(part.startswith(".") for part in p.relative_to(ROOT).parts)
 )
@@ -47,6 +50,17 @@ def test_configuration_is_up_to_date() -> None:
     assert generator.TARGET.read_text() == generator.render(), "run `make docs`"
 
 
+def test_pictures_are_up_to_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawer = _load(ROOT / "docs" / "draw_images.py")
+    committed = drawer.IMAGES
+    monkeypatch.setattr(drawer, "IMAGES", tmp_path)
+    drawer.main()
+    drawn = sorted(path.name for path in tmp_path.iterdir())
+    assert drawn == sorted(path.name for path in committed.glob("*.svg")) and "window.svg" in drawn
+    for name in drawn:
+        assert (tmp_path / name).read_bytes() == (committed / name).read_bytes(), f"{name}: run `make docs`"
+
+
 def test_every_knob_is_documented() -> None:
     from verl_pte import PTEConfig
 
@@ -59,6 +73,32 @@ def test_every_knob_is_documented() -> None:
 def test_examples_of_concepts_are_right() -> None:
     results = doctest.testfile(str(ROOT / "docs" / "concepts.md"), module_relative=False)
     assert results.attempted >= 6 and results.failed == 0
+
+
+def _quoted_messages(markdown: str, head: str = "message") -> list[str]:
+    """Code in the first column of the tables whose first column has this head."""
+    tables = re.findall(rf"^\| {head} \|.*\n\|[-|]+\n((?:\|.*\n)+)", markdown, flags=re.M)
+    return [code for row in "".join(tables).splitlines() for code in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+
+
+def _strings(path: Path) -> list[str]:
+    """String constants of a Python file; those side by side are one, an f-string's are what lies between its braces."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_errors_that_troubleshooting_quotes_are_the_codes() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = _quoted_messages(page)
+    assert len(messages) > 30
+    files = [*(ROOT / "verl_pte").rglob("*.py"), *(ROOT / "patches").glob("*.py")]
+    strings = [text for file in files for text in _strings(file)]
+    assert [message for message in messages if not any(message in text for text in strings)] == []
+    import verl
+
+    (of_verl,) = _quoted_messages(page, "message of verl")
+    resources = Path(verl.__file__).parent / "single_controller" / "ray" / "base.py"
+    assert any(of_verl in text for text in _strings(resources))
 
 
 @pytest.mark.parametrize("path", MARKDOWN, ids=_names(MARKDOWN))

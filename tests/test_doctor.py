@@ -202,8 +202,10 @@ def test_this_package_is_not_installed(monkeypatch) -> None:
 
 def test_an_installation_older_than_the_code(monkeypatch) -> None:
     monkeypatch.setattr(metadata, "entry_points", lambda group: [])
-    found = named(packages.check_packages())["verl_pte"]
-    assert found.state is State.problem and "without entry point verl.plugins" in found.found
+    found = named(packages.check_packages())
+    for group, part in (("verl.plugins", Part.verl), ("vllm.general_plugins", Part.vllm)):
+        check = found[f"entry point {group}"]
+        assert (check.state, check.part, check.found) == (State.problem, part, "missing")
 
 
 def test_without_verl_it_is_not_probed(monkeypatch) -> None:

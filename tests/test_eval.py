@@ -3,6 +3,7 @@ r"""Evaluation without a model: pass@k, intervals, items, scores, the folder, an
 import itertools
 import json
 from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from math import comb
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 from verl_run import make_model
 
 from verl_pte import PTEConfig, RolloutOutput, SamplingParams
+from verl_pte.distill.folder import RunFolder
 from verl_pte.eval.folder import EvaluationFolder
 from verl_pte.eval.intervals import bootstrap_means, interval
 from verl_pte.eval.items import Item, Record, cut, item_seed
@@ -271,10 +273,11 @@ def record(row: int = 0, sample: int = 0, score: float = 0.0, **changed) -> Reco
     return Record(row=row, sample=sample, score=score, **(facts | changed))
 
 
-def open_folder(path: Path) -> EvaluationFolder:
-    folder = EvaluationFolder(str(path))
-    folder.claim({"n": 1})
-    return folder
+@contextmanager
+def open_folder(path: Path, **settings) -> Iterator[EvaluationFolder]:
+    with EvaluationFolder(str(path)) as folder:
+        folder.claim({"n": 1} | settings)
+        yield folder
 
 
 def test_a_half_written_line_is_cut_off(tmp_path: Path) -> None:
@@ -300,30 +303,43 @@ def test_no_item_is_there_twice(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="is done"):
             folder.add([record(0, score=1.0)])
     folder.items.write_bytes(folder.items.read_bytes() * 2)
-    with pytest.raises(ValueError, match="line 2: .* is there twice"):
-        open_folder(tmp_path).__enter__()
+    with pytest.raises(ValueError, match="line 2: .* is there twice"), open_folder(tmp_path):
+        pass
     folder.items.write_text('{"row": 1}\n')
-    with pytest.raises(ValueError, match="line 1: is no item"):
-        open_folder(tmp_path).__enter__()
+    with pytest.raises(ValueError, match="line 1: is no item"), open_folder(tmp_path):
+        pass
 
 
 def test_one_process_writes(tmp_path: Path) -> None:
     """The lock is of an open file, so a second one of this process stands for another process."""
-    with open_folder(tmp_path), pytest.raises(ValueError, match="another process is evaluating into it"):
-        open_folder(tmp_path).__enter__()
+    with open_folder(tmp_path):
+        claimed = (tmp_path / "settings.json").read_text()
+        with pytest.raises(ValueError, match="another process is evaluating into it"), open_folder(tmp_path, n=2):
+            pass
+        assert (tmp_path / "settings.json").read_text() == claimed, "not the other one's, although nothing was done yet"
     with open_folder(tmp_path):
         pass
 
 
 def test_whose_folder_it_is(tmp_path: Path) -> None:
-    folder = open_folder(tmp_path)
-    folder.check_free()
-    folder.check_same({"n": 2})  # nothing was done yet
-    with folder:
+    with open_folder(tmp_path) as folder:
+        folder.check_free()
+    with open_folder(tmp_path, n=2):  # nothing was done yet
+        pass
+    with open_folder(tmp_path) as folder:
         folder.add([record()])
-    folder.check_same({"n": 1})
-    with pytest.raises(ValueError, match="--n 2: --output .* holds a run with 1"):
-        folder.check_same({"n": 2})
+    with open_folder(tmp_path):
+        pass
+    with pytest.raises(ValueError, match="--n 2: --output .* holds a run with 1"), open_folder(tmp_path, n=2):
+        pass
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match="holds items and does not say of which"), open_folder(tmp_path):
+        pass
+    warm = tmp_path / "warm"
+    RunFolder(str(warm)).claim({"steps": 7})
+    with pytest.raises(ValueError, match="settings.json is of another kind of run"):
+        EvaluationFolder(str(warm)).check_free()
+    assert RunFolder(str(warm)).settings == {"steps": 7}
     other = tmp_path / "other"
     (other / "data").mkdir(parents=True)
     EvaluationFolder(str(other)).check_free()

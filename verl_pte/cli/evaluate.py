@@ -188,9 +188,8 @@ def _run(
         evict_fraction=pte.evict_fraction,
         block_size=pte.block_size,
     )
-    folder.check_same(identity)
-    folder.claim(identity)
     with folder:
+        folder.claim(identity)
         make = _Engines(settings, tokenizer, questions, max_num_seqs, options, errors)
         run = Evaluation(settings, questions, tokenizer, scorer, folder, make)
         todo = sum(len(run.missing(window)) for window in settings.window)

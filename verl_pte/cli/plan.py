@@ -40,8 +40,9 @@ def plan(
 ) -> None:
     """Count what a run takes of a device's memory, by phase, and say whether it fits.
 
-    Nothing is loaded and no GPU is needed: the replay and the engine run with shapes alone. Ends with status 1 if a
-    phase does not fit. GPUs were not at hand to compare with; on CPUs the count is within a third of what was measured.
+    Nothing is loaded and no GPU is needed: the replay and the engine run with shapes alone. A critic (PPO) is not
+    counted. Ends with status 1 if a phase does not fit. GPUs were not at hand to compare with; on a CPU the counts of
+    replay and prefill are within a third of what was measured.
     """
     with user_errors():
         from verl_pte.distill.settings import parse_knobs

@@ -23,6 +23,8 @@ from peft import PeftModel
 from verl_pte.distill.settings import option
 from verl_pte.run_claim import check_free, check_same, claim, replace_text, saved_settings, unfinished_name
 
+_KIND = "warm start"
+
 
 class RunFolder:
     """The folder of one run. Only one process writes to it."""
@@ -34,17 +36,17 @@ class RunFolder:
 
     def check(self, settings: dict[str, Any]) -> None:
         """Raise ValueError if the folder holds another run, or something else."""
-        check_free(self.path, "warm start")
-        check_same(self.path, settings, option)
+        check_free(self.path, _KIND)
+        check_same(self.path, _KIND, settings, option)
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Make the folder this run's."""
-        claim(self.path, settings)
+        claim(self.path, _KIND, settings)
 
     @property
     def settings(self) -> dict[str, Any] | None:
         """What the run is, by option; None if the folder holds no warm start."""
-        return saved_settings(self.path)
+        return saved_settings(self.path, _KIND)
 
     @property
     def finished(self) -> bool:

@@ -14,12 +14,12 @@ import verl_pte
 from verl_pte.doctor.check import Check, Part, State
 
 _DISTRIBUTION = "verl-pte"
+_AGAIN = "install again: pip install -e . in its checkout"
 _ENTRY_POINTS = {"verl.plugins": Part.verl, "vllm.general_plugins": Part.vllm}
 _EXTRAS = {  # (part, what it is for)
     "verl": (Part.verl, "training with verl"),
-    "megatron": (Part.extra, "Megatron"),
     "eval": (Part.extra, "the math reward"),
-    "docs": (Part.extra, "plots"),
+    "docs": (Part.extra, "plots and the documentation"),
 }
 
 
@@ -33,6 +33,7 @@ def check_packages() -> list[Check]:
         return [Check("verl_pte", Part.core, State.problem, found, advice)]
     wanted = [Requirement(text) for text in distribution.requires or []]
     checks = [_python(distribution), _package(distribution)]
+    checks += [_entry_point(group, part) for group, part in _ENTRY_POINTS.items()]
     checks.append(_versions("packages", Part.core, [r for r in wanted if r.marker is None], ""))
     for extra, (part, purpose) in _EXTRAS.items():
         own = [r for r in wanted if r.marker is not None and r.marker.evaluate({"extra": extra})]
@@ -53,15 +54,17 @@ def _python(distribution: metadata.Distribution) -> Check:
 
 def _package(distribution: metadata.Distribution) -> Check:
     found = f"{verl_pte.__version__} at {_place()}"
-    missing = [
-        group
-        for group in _ENTRY_POINTS
-        if not any(entry.name == "verl_pte" for entry in metadata.entry_points(group=group))
-    ]
-    if missing or distribution.version != verl_pte.__version__:
-        found += f"; installed is {distribution.version}" + "".join(f", without entry point {g}" for g in missing)
-        return Check("verl_pte", Part.verl, State.problem, found, "install again: pip install -e . in its checkout")
+    if distribution.version != verl_pte.__version__:
+        found += f"; installed is {distribution.version}"
+        return Check("verl_pte", Part.core, State.problem, found, _AGAIN)
     return Check("verl_pte", Part.core, State.ok, found)
+
+
+def _entry_point(group: str, part: Part) -> Check:
+    """How verl and vLLM find the plugin."""
+    there = any(entry.name == "verl_pte" for entry in metadata.entry_points(group=group))
+    name = f"entry point {group}"
+    return Check(name, part, State.ok, "verl_pte") if there else Check(name, part, State.problem, "missing", _AGAIN)
 
 
 def _versions(name: str, part: Part, wanted: list[Requirement], purpose: str) -> Check:

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 from verl_pte.eval.items import Item, Record
 from verl_pte.eval.settings import option
-from verl_pte.run_claim import check_free, check_same, claim, replace_text
+from verl_pte.run_claim import check_free, check_same, claim, replace_text, saved_settings
 
-_DATA = "data"
+_DATA, _ITEMS, _KIND = "data", "items.jsonl", "evaluation"
 
 
 class EvaluationFolder:
@@ -31,25 +31,28 @@ class EvaluationFolder:
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
-        self.data, self.items = self.path / _DATA, self.path / "items.jsonl"
+        self.data, self.items = self.path / _DATA, self.path / _ITEMS
         self.summary = self.path / "summary.json"
         self.done: set[Item] = set()
         self._file: BinaryIO | None = None
 
     def check_free(self) -> None:
         """Raise ValueError if the folder holds something else than an evaluation."""
-        check_free(self.path, "evaluation", own=(_DATA,))
-
-    def check_same(self, settings: dict[str, Any]) -> None:
-        """Raise ValueError if the folder holds items of another evaluation."""
-        if self.items.is_file() and self.items.stat().st_size:  # else the settings are of a run that never began
-            check_same(self.path, settings, option)
+        check_free(self.path, _KIND, own=(_DATA, _ITEMS))
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Make the folder this run's."""
-        claim(self.path, settings)
+        """Make the folder this run's; for whoever has it open. Raises ValueError if it holds items of another one."""
+        assert self._file is not None, "open it first: the lock says that nobody else is about to claim it"
+        if self.done:  # else the settings are of a run that never began
+            if saved_settings(self.path, _KIND) is None:
+                raise ValueError(
+                    f"--output {self.path}: holds items and does not say of which evaluation; give another"
+                )
+            check_same(self.path, _KIND, settings, option)
+        claim(self.path, _KIND, settings)
 
     def __enter__(self) -> "EvaluationFolder":
+        self.path.mkdir(parents=True, exist_ok=True)
         self._file = self.items.open("ab")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

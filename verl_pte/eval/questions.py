@@ -71,6 +71,6 @@ def digest(questions: Iterable[Question]) -> str:
     found = hashlib.sha256()
     count = 0
     for question in questions:
-        found.update(repr((question.prompt, question.ground_truth, question.data_source)).encode())
+        found.update(repr((question.prompt, question.ground_truth, question.data_source, question.extra_info)).encode())
         count += 1
     return f"{count} rows of digest {found.hexdigest()[:16]}"

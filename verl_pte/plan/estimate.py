@@ -2,7 +2,8 @@
 
 What is added up: weights, adapter, optimizer and gathered layers by their numbers (FSDP2 as verl sets it up: float32
 shards, computation in 16 bits); cache, activations and logits as counted on the meta device (count.py). vLLM takes the
-share it is given. Left out: kernels' workspaces, CUDA's own memory and fragmentation, for which `RESERVE` stands.
+share it is given. Left out: a critic (PPO). `RESERVE` stands for kernels' workspaces, CUDA's own memory and
+fragmentation.
 """
 
 from collections.abc import Callable
@@ -61,6 +62,9 @@ class PlanSettings:
         self._require("gpu_memory_utilization", 0 < self.gpu_memory_utilization < 1, "must be between 0 and 1")
         if self.engine == "native":
             self._require("tensor_parallel", self.tensor_parallel == 1, "must be 1, the native engine is data parallel")
+        self._require(
+            "tensor_parallel", self.num_gpus % self.tensor_parallel == 0, f"must divide --gpus {self.num_gpus}"
+        )
         limit, length = self.config.max_position_embeddings, self.prompt_length + self.response_length
         if length > limit:
             raise ValueError(
@@ -107,8 +111,10 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every phase fits the device."""
-        return all(phase.bytes <= self.settings.gpu_memory * GIB for phase in self.phases)
+        """Whether every phase fits the device, and vLLM's share a sequence."""
+        return self.facts.get("sequences_that_fit_vllm", 1) >= 1 and all(
+            phase.bytes <= self.settings.gpu_memory * GIB for phase in self.phases
+        )
 
 
 def estimate(settings: PlanSettings, progress: Callable[[str], None] = lambda what: None) -> Plan:

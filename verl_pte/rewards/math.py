@@ -1,6 +1,6 @@
 """Reward of a math answer: 1 if it equals the ground truth, 0 if not. verl's `custom_reward_function`.
 
-    reward.custom_reward_function.path=<this file> reward.custom_reward_function.name=compute_score
+    reward.custom_reward_function.path=pkg://verl_pte.rewards.math reward.custom_reward_function.name=compute_score
 
 Equality is math-verify's: fractions, sets, intervals, units, LaTeX or plain. `unparsed` is returned beside the score,
 so that a model that answers in the wrong form can be told from one that cannot reckon.
