@@ -62,7 +62,7 @@ def test_every_page_is_built_and_in_the_navigation(site: Path) -> None:
 def test_the_readme_is_the_home_page(site: Path) -> None:
     home = (site / "index.html").read_text()
     assert 'src="images/overview.svg"' in home and (site / "images" / "overview.svg").is_file()
-    assert 'href="repository/examples/quickstart/"' in home and 'href="repository/recipes/pte_grpo.yaml/"' in home
+    assert 'href="repository/examples/quickstart/"' in home and 'href="repository/recipes/"' in home
 
 
 def test_files_outside_docs_are_pages(site: Path) -> None:
