@@ -66,6 +66,11 @@ def base_path(task: Task, settings: BaseSettings, folder: Path) -> Path:
     return folder / f"{task.kind}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
 
 
+def base_digest(task: Task, settings: BaseSettings, folder: Path) -> str:
+    """Which base it is: the same training ends in other weights on another kind of machine, by rounding."""
+    return hashlib.sha256((base_path(task, settings, folder) / "model.safetensors").read_bytes()).hexdigest()[:12]
+
+
 def untrained(task: Task, settings: BaseSettings) -> PreTrainedModel:
     """A base before its training."""
     torch.manual_seed(settings.seed)

@@ -23,7 +23,7 @@ from torch import nn
 
 from verl_pte.bench import machine
 from verl_pte.bench.learning import main_ppo, training
-from verl_pte.bench.learning.base import BaseSettings, TrainingFailure, trained_base
+from verl_pte.bench.learning.base import BaseSettings, TrainingFailure, base_digest, trained_base
 from verl_pte.bench.learning.evaluate import accuracy, test_examples
 from verl_pte.bench.learning.methods import METHODS, pte_settings
 from verl_pte.bench.learning.tasks import Task
@@ -153,6 +153,7 @@ def _train(cell: Cell, folder: Path, tell: Any) -> dict[str, Any]:
         at = {"work": work, "thought_length": task.thought_length(work), "full_base_answer": whole.answer}
         far.append(at | accuracy(model, task, further)._asdict())
     return {
+        "base_digest": base_digest(task, cell.base, folder / "bases"),
         "full_base": ceiling._asdict(),
         "window_base": floor._asdict(),
         "history": history,

@@ -1,7 +1,8 @@
 """What the cells say: means over seeds with intervals, as tables and plots.
 
 An interval is Student's 95 % interval of the mean over seeds; with one seed there is none. It covers the choice of
-adapter, examples and samples. It does not cover the base or the tests, which all seeds share.
+adapter, examples and samples. It does not cover the tests, which all seeds share, nor the base, which they share where
+they ran on one machine; `bases` of a row says which they had (empty: not recorded).
 """
 
 from collections import defaultdict
@@ -32,6 +33,7 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         row = {key: cells[0]["cell"][key] for key in _KEYS} | {
             "seeds": sorted(c["cell"]["seed"] for c in good),
             "failures": [c["failure"] for c in cells if "failure" in c],
+            "bases": sorted({c.get("base_digest") or "" for c in good}),
         }
         if good:
             for key in ("answer", "chain"):
