@@ -34,6 +34,7 @@ from verl_pte.engine.forward import Forward
 from verl_pte.learner import Replay
 from verl_pte.learner.plan import Call, ReplayPlan
 from verl_pte.peft import attach, head_dim
+from verl_pte.plan.configs import meta_model
 
 META = torch.device("meta")
 _LAYERS = (1, 2, 3)
@@ -150,14 +151,8 @@ def _extended(config: Any, by_layers: list[int]) -> int:
 
 
 def _base(config: Any, layers: int) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    config.layer_types = None if getattr(config, "layer_types", None) is None else config.layer_types[:1] * layers
-    config.max_position_embeddings = 2**30  # lengths beyond the model's positions cost the same
-    with META:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    # Lengths beyond the model's positions cost the same.
+    return meta_model(config, layers, torch.bfloat16, max_position_embeddings=2**30)
 
 
 def _attached(config: Any, layers: int, method: PTEConfig) -> Any:

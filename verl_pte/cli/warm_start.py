@@ -4,15 +4,14 @@ On a terminal a progress bar, otherwise a line a step, on standard error; what t
 output.
 """
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from verl_pte.cli.errors import INTERRUPTED, fail, user_errors
+from verl_pte.cli.progress import RunDisplay
 
 if TYPE_CHECKING:
     from verl_pte.distill.run import StepRecord
@@ -115,7 +114,7 @@ def _run(settings: Any, prompts: str, prompt_column: str, output: str) -> None:
         if run.steps_done:
             errors.print(f"going on after step {run.steps_done}")
         try:
-            with _Display(errors, settings.steps, run.steps_done) as display:
+            with _Display(errors, "step", settings.steps, run.steps_done) as display:
                 run.run(display.show)
         except FloatingPointError as error:
             fail(error, 1)
@@ -127,33 +126,9 @@ def _run(settings: Any, prompts: str, prompt_column: str, output: str) -> None:
         typer.echo(f"adapter: {folder.adapter}")
 
 
-class _Display(AbstractContextManager):
-    """A bar on a terminal, lines elsewhere."""
-
-    def __init__(self, console: Console, steps: int, done: int) -> None:
-        self.console, self.steps = console, steps
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=12),  # all of it fits 80 columns
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self.task: TaskID = self.bar.add_task("step", total=steps, completed=done, facts="")
-
-    def __enter__(self) -> "_Display":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.bar.stop()
+class _Display(RunDisplay):
+    """Of steps."""
 
     def show(self, record: "StepRecord") -> None:
         """Take a step in."""
-        facts = f"KL {record.kl:.4f}  lr {record.lr:.1e}  {record.tokens / record.seconds:.0f} tokens/s"
-        if self.console.is_terminal:
-            self.bar.update(self.task, completed=record.step, facts=facts)
-        else:
-            self.console.print(f"step {record.step}/{self.steps}  {facts}", soft_wrap=True)
+        self.advance(f"KL {record.kl:.4f}  lr {record.lr:.1e}  {record.tokens / record.seconds:.0f} tokens/s")

@@ -1,9 +1,10 @@
-"""The models of the paper as transformers configs, and configs read from disk.
+"""The models of the paper as transformers configs, configs read from disk, and models of them without weights.
 
 Nothing is downloaded: the sizes of the three are written down here, weights are always random. Left out: the
 scaled-down Qwen2 (bench/models.py), which benchmarks run where no `--model` is given.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -80,3 +81,17 @@ def load_config(model: str) -> Any:
         return AutoConfig.for_model(**NAMED[model])
     path = Path(model)
     return AutoConfig.for_model(**json.loads((path if path.is_file() else path / "config.json").read_text()))
+
+
+def meta_model(config: Any, layers: int, dtype: Any, **changes: Any) -> Any:
+    """A causal LM of this config on the meta device, with so many layers and other changes."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = layers
+    config.layer_types = None if getattr(config, "layer_types", None) is None else config.layer_types[:1] * layers
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")

@@ -1,8 +1,8 @@
 """The project's own replay and engine, run on the meta device, and the bytes they held.
 
 Decoder layers are alike, so models of one and of two layers are run, and the rest of a model's layers are as many
-increments more. A replay under a window reaches its largest call within two windows; what grows after that, the K/V
-store and the states between calls, is added by its size.
+increments more. Under a window the calls of a replay are alike once the first windowful has left; what grows after
+that, the K/V store and the states between calls, is added by its size.
 
 Shape suffixes as in engine/forward.py.
 """
@@ -16,9 +16,11 @@ from torch import nn
 
 from verl_pte.config import PTEConfig
 from verl_pte.core.cache import BoundedCache
+from verl_pte.core.schedule import Schedule
 from verl_pte.engine.forward import Forward
 from verl_pte.learner import Replay
 from verl_pte.peft import attach, head_dim
+from verl_pte.plan.configs import meta_model
 from verl_pte.plan.live import LiveMemory, fused_attention
 
 META = torch.device("meta")
@@ -48,9 +50,7 @@ def replay_bytes(
 ) -> tuple[int, int]:
     """(peak of both passes, of it the K/V store); parameters not included. `dtype` is that of the computation."""
     schedule = pte.schedule()
-    counted = response_length
-    if schedule.window is not None:
-        counted = min(response_length, schedule.window + schedule.window + schedule.chunk + 1)
+    counted = min(response_length, _until_alike(schedule, prompt_length) or response_length)
 
     def run(model: nn.Module) -> int:
         sequences = [[torch.zeros(n, dtype=torch.long)] * batch for n in (prompt_length, counted)]
@@ -61,15 +61,17 @@ def replay_bytes(
             replay.backward(log_probs.grad)
         return live.peak
 
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * dtype.itemsize
+    token = token_bytes(config, dtype)
     rest = response_length - counted
-    calls = sum(
-        sign * schedule.num_evictions(prompt_length, prompt_length + n)
-        for sign, n in ((1, response_length), (-1, counted))
-    )
-    states = calls * config.num_hidden_layers * 4 * pte.rank**2
+    last, seen = (schedule.num_evictions(prompt_length, prompt_length + n) for n in (response_length, counted))
+    states = (last - seen) * config.num_hidden_layers * 4 * pte.rank**2
     peak = _all_layers(config, [run(_attached(config, pte, n, dtype).train()) for n in (1, 2)])
     return peak + batch * (rest * token + states), batch * (prompt_length + response_length - 1) * token
+
+
+def token_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Of a token's keys and values in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config) * dtype.itemsize
 
 
 def cache_bytes(
@@ -100,19 +102,26 @@ def rollout_bytes(
     return _all_layers(config, [run(_attached(config, pte, n, dtype).eval()) for n in (1, 2)])
 
 
+def _until_alike(schedule: Schedule, prompt_length: int) -> int | None:
+    """Thought tokens after which every segment sees what the one before saw, moved on; None without a window."""
+    limit = schedule.cache_limit(prompt_length)
+    if limit is None:
+        return None
+    windowful, position = limit - schedule.pinned(prompt_length), prompt_length
+    while schedule.evicted_before(prompt_length, position) < windowful:
+        boundary = schedule.next_boundary(prompt_length, position)
+        assert boundary is not None, "there is a window"
+        position = boundary
+    return position + 1 - prompt_length
+
+
 def _all_layers(config: Any, by_layers: list[int]) -> int:
     one, two = by_layers
     return one + (config.num_hidden_layers - 1) * (two - one)
 
 
 def _attached(config: Any, pte: PTEConfig, layers: int, dtype: torch.dtype) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = layers
-    config.layer_types = None if getattr(config, "layer_types", None) is None else config.layer_types[:1] * layers
-    with META:
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    base = meta_model(config, layers, dtype)
     # A copy: PEFT writes the names of the linears it found into its config, here those of another number of layers.
     return attach(base, copy.deepcopy(pte)).to(dtype)  # the adapter as well, which FSDP casts for its layer's forward
 

@@ -125,13 +125,15 @@ def estimate(settings: PlanSettings, progress: Callable[[str], None] = lambda wh
     numbers = count.parameters(s.config, s.pte)
     progress("rollout")
     row_bytes = count.cache_bytes(s.config, s.pte, 1, *lengths, dtype)
-    held = s.prompt_length + (s.response_length if s.pte.window is None else s.pte.window)
-    token_bytes = 2 * 2 * s.config.num_hidden_layers * s.config.num_key_value_heads * count.head_dim(s.config)
+    held, token = s.pte.schedule().cache_limit(s.prompt_length) or sum(lengths), count.token_bytes(s.config, dtype)
     shards = Part("learner's shards", (4 * numbers.base + _ADAM * numbers.adapter) // s.num_gpus, "float32, with Adam")
     reserve = Part("reserve", RESERVE, "CUDA, NCCL, workspaces, fragmentation")
     weights = Part("rollout's weights", 2 * (numbers.base + numbers.adapter) // s.tensor_parallel, "bfloat16")
     waiting = [] if s.param_offload else [shards]
-    facts = {"cache_bytes_per_sequence": row_bytes, "full_cache_bytes_per_sequence": sum(lengths) * token_bytes}
+    facts: dict[str, float] = {
+        "cache_bytes_per_sequence": row_bytes,
+        "full_cache_bytes_per_sequence": sum(lengths) * token,
+    }
     if s.engine == "native":
         cache = count.cache_bytes(s.config, s.pte, s.max_num_seqs, *lengths, dtype)
         moving = count.rollout_bytes(s.config, s.pte, s.max_num_seqs, *lengths, dtype)
@@ -143,7 +145,7 @@ def estimate(settings: PlanSettings, progress: Callable[[str], None] = lambda wh
         ]
     else:
         share = int(s.gpu_memory_utilization * s.gpu_memory * GIB)
-        fitting = max(0, share - weights.bytes - RESERVE) // (held * token_bytes // s.tensor_parallel)
+        fitting = max(0, share - weights.bytes - RESERVE) // (held * token // s.tensor_parallel)
         facts["sequences_that_fit_vllm"] = fitting
         rollout = [Part("vLLM", share, f"its share; room for about {fitting} sequences of {held} tokens")]
     progress("learner")
