@@ -53,7 +53,7 @@ class Call:
 class ReplayPlan:
     """Calls for a batch of (prompt, response) pairs under a schedule.
 
-    The last response token is predicted but never run, as in the rollout.
+    The last response token is predicted but never run, as in the rollout. Calls are padded to a `multiple` of tokens.
     """
 
     def __init__(
@@ -63,8 +63,9 @@ class ReplayPlan:
         responses: Sequence[Tensor],
         chunk_tokens: int,
         device: torch.device,
+        multiple: int = 1,
     ) -> None:
-        self.schedule, self.device = schedule, device
+        self.schedule, self.device, self.multiple = schedule, device, multiple
         self.prompt_lens = [len(p) for p in prompts]
         self.response_lens = [len(r) for r in responses]
         sequences = [torch.cat([p, r]).cpu().long() for p, r in zip(prompts, responses, strict=True)]
@@ -94,7 +95,8 @@ class ReplayPlan:
         ]
         start_B1, end_B1, pinned_B1, oldest_B1, segment_start_B1, evicted_from_B1 = torch.tensor(spans_B).T[:, :, None]
 
-        positions_BN = start_B1 + torch.arange(max(1, int((end_B1 - start_B1).max())))
+        width = max(1, int((end_B1 - start_B1).max()))
+        positions_BN = start_B1 + torch.arange(-(-width // self.multiple) * self.multiple)
         valid_BN = positions_BN < end_B1
         positions_BN = positions_BN.where(valid_BN, 0)
         thought_BN = positions_BN + 1 - self.prompt_lens_B1  # of the token each predicts

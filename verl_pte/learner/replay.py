@@ -23,9 +23,8 @@ Under FSDP2 every rank must make the same calls: pass `group`, and ranks that ha
 Shape suffixes: B sequences, N tokens of a call, T longest response, M hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,9 +33,9 @@ from tqdm import tqdm
 
 from verl_pte.core.schedule import Schedule
 from verl_pte.learner.cache import CallCache
+from verl_pte.learner.ledger import Ledger
 from verl_pte.learner.plan import Call, ReplayPlan
 from verl_pte.learner.scores import Scorer
-from verl_pte.learner.store import GradientRing, KVStore
 from verl_pte.peft import pte_config
 
 
@@ -86,26 +85,10 @@ class Replay:
         group: dist.ProcessGroup | None = None,
         progress: bool = False,
     ) -> None:
-        if len(prompts) != len(responses) or not prompts:
-            raise ValueError(
-                f"{len(prompts)} prompts and {len(responses)} responses: need one response each, at least one pair"
-            )
-        for kind, sequences in (("prompt", prompts), ("response", responses)):
-            for b, sequence in enumerate(sequences):
-                if len(sequence) == 0:
-                    raise ValueError(f"{kind} {b} is empty: a replay needs at least one prompt and one response token")
+        check_sequences(prompts, responses, model.config.max_position_embeddings)
         config = pte_config(model)
         self.model, self.config, self.progress = model, config, progress
-        self.gradient = gradient or config.gradient
-        self.on_host = (kv_store or config.kv_store) == "host"
         self.device = next(model.parameters()).device
-        self.num_layers = model.config.num_hidden_layers
-        longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-        if longest > model.config.max_position_embeddings:
-            raise ValueError(
-                f"prompt and response of {longest} tokens exceed the model's "
-                f"max_position_embeddings={model.config.max_position_embeddings}"
-            )
         self.schedule = schedule or config.schedule()
         chunk_tokens = chunk_tokens or config.chunk_tokens
         self.plan = ReplayPlan(self.schedule, prompts, responses, chunk_tokens, self.device)
@@ -117,26 +100,25 @@ class Replay:
         self.num_calls = _agree(self.plan.num_calls, group, self.device)
         temperature_B = torch.as_tensor(temperature, dtype=torch.float32, device=self.device).expand(len(prompts))
         self.scorer = Scorer(model, temperature_B, entropy=entropy, teacher=teacher, keep_hidden=keep_hidden)
-        self.stores: list[KVStore] = []
-        self._states: list[list[Tensor | None]] = []  # incoming, per call and layer
+        on_host = (kv_store or config.kv_store) == "host"
+        self.ledger = Ledger(self.plan, model.config.num_hidden_layers, gradient or config.gradient, on_host)
 
     @property
     def store_bytes(self) -> int:
         """Bytes of the K/V store."""
-        return sum(store.num_bytes for store in self.stores)
+        return self.ledger.num_bytes
 
     @torch.no_grad()
     def forward(self) -> ReplayOutput:
         """Log-probs and what else was asked for; keeps what `backward` needs."""
         longest = max(self.plan.response_lens)
         gathered: list[Tensor | None] = [None] * 4
-        self._states = [[None] * self.num_layers]
+        self.ledger.open()
         norms = ratios = torch.zeros((), device=self.device)
         updates = 0
         for index in tqdm(range(self.num_calls), desc="replay", unit="call", disable=not self.progress):
             call = self.plan.call(index)
-            cache = self._forward_call(call, self._states[index], gathered)
-            self._states.append(cache.states_out)
+            cache = self._forward_call(index, call, gathered)
             if cache.state_norms:
                 norms = norms + torch.stack(cache.state_norms).sum()
                 ratios = ratios + torch.stack(cache.update_ratios).sum()
@@ -168,38 +150,25 @@ class Replay:
 
         `last` False leaves FSDP2's gradient reduction to a later replay of the same optimizer step. Can be called once.
         """
-        if len(self._states) != self.num_calls + 1:
-            raise RuntimeError("Replay.backward needs one Replay.forward before it, and can be called once")
         if not any(p.requires_grad for p in self.model.parameters()):
             raise RuntimeError(
                 "no parameter of the model is trainable: load the adapter with PeftModel.from_pretrained(..., "
                 "is_trainable=True), and do not call backward under disable_adapter()"
             )
         d_scores = [None if d is None else nn.functional.pad(d, (0, 1)) for d in (d_log_probs, d_entropy, d_divergence)]
-        pinned_max = max(self.schedule.pinned(p) for p in self.plan.prompt_lens)
-        reach = max(self.plan.run_lens) if self.schedule.window is None else self.schedule.window + self.schedule.chunk
-        rings = [GradientRing(pinned_max + reach + 1, store) for store in self.stores]  # one slot more for padding
-
-        pinned_B1 = torch.tensor([[self.schedule.pinned(p)] for p in self.plan.prompt_lens], device=self.device)
-
-        def slots(positions: Tensor) -> Tensor:
-            return torch.where(positions < pinned_B1, positions, pinned_max + (positions - pinned_B1) % reach)
-
-        d_states: list[Tensor | None] = [None] * self.num_layers
-        self._states.pop()
+        self.ledger.turn(self.num_calls)
         for index in tqdm(reversed(range(self.num_calls)), desc="gradients", unit="call", disable=not self.progress):
             if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2: reduce once, with everything accumulated
                 self.model.set_requires_gradient_sync(last and index == 0)
             call = self.plan.call(index)
-            states_in = [None if s is None else s.detach().requires_grad_() for s in self._states.pop()]
-            d_states = self._backward_call(call, states_in, d_scores, rings, slots, d_states)
+            self._backward_call(call, d_scores)
 
     # -- one call
     # ---------------------------------------------------------------------------------------------------------
 
-    def _forward_call(self, call: Call, states_in: list[Tensor | None], gathered: list[Tensor | None]) -> CallCache:
-        """Run a call without gradients; keep its keys and values, write its scores to their places in `gathered`."""
-        cache = self._cache(call, states_in)
+    def _forward_call(self, index: int, call: Call, gathered: list[Tensor | None]) -> CallCache:
+        """Run a call without gradients; keep what it leaves, write its scores to their places in `gathered`."""
+        cache = self.ledger.cache(index, call)
         scores = self.scorer(call, cache)
         slots_BN = call.response_BN[:, call.columns]
         for i, found in enumerate(scores[:4]):
@@ -210,23 +179,12 @@ class Replay:
                 length = max(self.plan.response_lens) + 1
                 into = gathered[i] = found.new_zeros(self.plan.batch_size, length, *found.shape[2:])
             into.scatter_(1, slots_BN if found.ndim == 2 else slots_BN[..., None].expand_as(found), found)
-        self._keep(call, cache)
+        self.ledger.keep(call, cache)
         return cache
 
-    def _backward_call(
-        self,
-        call: Call,
-        states_in: list[Tensor | None],
-        d_scores: list[Tensor | None],
-        rings: list[GradientRing],
-        slots: Callable[[Tensor], Tensor],
-        d_states: list[Tensor | None],
-    ) -> list[Tensor | None]:
-        """Run a call with gradients and backpropagate through it; returns the gradients of `states_in`.
-
-        `d_states` are those of the states it hands on; `rings` hold those of keys and values, at `slots` of positions.
-        """
-        cache = self._cache(call, states_in, grad=True)
+    def _backward_call(self, call: Call, d_scores: list[Tensor | None]) -> None:
+        """Run a call with gradients and backpropagate through it."""
+        cache = self.ledger.leaves(call)
         with torch.enable_grad():
             scores = self.scorer(call, cache)
             slots_BN = call.response_BN[:, call.columns]
@@ -237,60 +195,37 @@ class Replay:
                     loss = loss + (found_BN * d_found.gather(1, slots_BN)).sum()
         roots: list[Tensor] = [loss]
         gradients: list[Tensor | None] = [None]
-        for layer, ring in zip(cache.layers, rings, strict=True):
-            for own, gradient in zip(layer.own, ring.collect(slots(call.positions_BN), call.valid_BN), strict=True):
+        for index, (layer, state) in enumerate(zip(cache.layers, cache.states_out, strict=True)):
+            for own, gradient in zip(layer.own, self.ledger.owed(call, index), strict=True):
                 if own.requires_grad:
                     roots.append(own)
                     gradients.append(gradient.to(own.dtype))
-        for state, d_state in zip(cache.states_out, d_states, strict=True):
+            d_state = self.ledger.owed_state(index)
             if state is not None and d_state is not None and state.requires_grad:
                 roots.append(state)
                 gradients.append(d_state)
         torch.autograd.backward(roots, gradients)
-        for layer, ring in zip(cache.layers, rings, strict=True):
-            self._pass_on(call, layer, ring, slots)
-        return [self._state_gradient(call, s) for s in states_in]
+        for index, (layer, state_in) in enumerate(zip(cache.layers, cache.states_in, strict=True)):
+            past, evicted = (tuple(t.grad for t in pair or ()) for pair in (layer.past, layer.evicted))
+            self.ledger.credit(call, index, past, evicted)
+            self.ledger.credit_state(call, index, None if state_in is None else state_in.grad)
 
-    def _cache(self, call: Call, states_in: list[Tensor | None], grad: bool = False) -> CallCache:
-        cache = CallCache(call, self.num_layers, states_in)
-        for layer, store in zip(cache.layers, self.stores, strict=False):  # no store yet on the first call
-            if call.past_BP.shape[1]:
-                layer.past = store.get(call.past_BP)
-            if call.evicted_BC is not None:
-                layer.evicted = store.get(call.evicted_BC)
-            if grad:
-                # In `state` and `truncated` mode only the call's own segment is more than a constant.
-                constant = self.gradient != "full"
-                if layer.past is not None and not (constant and not call.same_segment_BP.any()):
-                    layer.past = tuple(t.requires_grad_() for t in layer.past)
-                if layer.evicted is not None and not constant:
-                    layer.evicted = tuple(t.requires_grad_() for t in layer.evicted)
-        return cache
 
-    def _keep(self, call: Call, cache: CallCache) -> None:
-        if not self.stores:
-            length = max(self.plan.run_lens)
-            self.stores = [KVStore(self.plan.batch_size, length, layer.own[0], self.on_host) for layer in cache.layers]
-        rows, columns, positions = call.kept_3M
-        for layer, store in zip(cache.layers, self.stores, strict=True):
-            store.put(rows, columns, positions, *layer.own)
-
-    def _pass_on(self, call: Call, layer: Any, ring: GradientRing, slots: Any) -> None:
-        """Hand the gradients that reached the visible past and the evicted tokens to whoever made them."""
-        if layer.past is not None:
-            keep_BP = call.past_valid_BP if self.gradient == "full" else call.past_valid_BP & call.same_segment_BP
-            ring.add(slots(call.past_BP), keep_BP, (layer.past[0].grad, layer.past[1].grad))
-        if layer.evicted is not None and self.gradient == "full":
-            assert call.evicting_B is not None and call.evicted_BC is not None
-            keep_BC = call.evicting_B[:, None].expand_as(call.evicted_BC)
-            ring.add(slots(call.evicted_BC), keep_BC, (layer.evicted[0].grad, layer.evicted[1].grad))
-
-    def _state_gradient(self, call: Call, state: Tensor | None) -> Tensor | None:
-        if state is None or state.grad is None:
-            return None
-        if self.gradient == "truncated" and call.evicting_B is not None:
-            return torch.where(call.evicting_B[:, None, None], 0.0, state.grad)
-        return state.grad
+def check_sequences(prompts: Sequence[Tensor], responses: Sequence[Tensor], longest: int) -> None:
+    """Raise ValueError unless these are pairs to replay, of at most `longest` tokens each."""
+    if len(prompts) != len(responses) or not prompts:
+        raise ValueError(
+            f"{len(prompts)} prompts and {len(responses)} responses: need one response each, at least one pair"
+        )
+    for kind, sequences in (("prompt", prompts), ("response", responses)):
+        for b, sequence in enumerate(sequences):
+            if len(sequence) == 0:
+                raise ValueError(f"{kind} {b} is empty: a replay needs at least one prompt and one response token")
+    found = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    if found > longest:
+        raise ValueError(
+            f"prompt and response of {found} tokens exceed the model's max_position_embeddings={longest}"
+        )
 
 
 def _mean(total: Tensor, count: int) -> float:

@@ -4,6 +4,7 @@
 its own. Their tensors live in ModuleDicts named ``pte_...``, one entry an adapter, as PEFT's bookkeeping expects.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,9 +22,11 @@ MERGE_REFUSED = (
 )
 
 
-def thought_encoder(kv_dim: int, config: PTEConfig) -> ThoughtEncoder:
-    """A new encoder for keys and values of `kv_dim` = kv heads x head_dim."""
-    return ThoughtEncoder(
+def thought_encoder(
+    kv_dim: int, config: PTEConfig, kind: Callable[..., ThoughtEncoder] = ThoughtEncoder
+) -> ThoughtEncoder:
+    """A new encoder, of this kind, for keys and values of `kv_dim` = kv heads x head_dim."""
+    return kind(
         kv_dim,
         config.rank,
         num_global_tokens=config.num_global_tokens,
