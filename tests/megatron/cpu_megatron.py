@@ -29,6 +29,14 @@ def install() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda *args, **kwargs: None
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    name_of = torch.Tensor.type
+
+    def type_(self, dtype=None, **kwargs):  # optimizers look for "torch.cuda.FloatTensor"
+        if dtype is not None:
+            return name_of(self, dtype, **kwargs)
+        return "torch.cuda." + name_of(self).rpartition(".")[2]
+
+    torch.Tensor.type = type_
     _modes.append(_CudaMeansCpu())
     _modes[0].__enter__()
     from megatron.core.tensor_parallel import random
@@ -54,6 +62,4 @@ def join(rank: int, world: int, port: int, tensor: int, pipeline: int) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=world)
     from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
-    )
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)

@@ -4,7 +4,9 @@ A test gives a layout and what to compute; every rank builds the same small Hugg
 takes its parts of both, and hands back what it found.
 """
 
+import dataclasses
 import io
+import queue
 import socket
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tiny import random_tokens, tiny_model, tiny_pte
 
+PRELOAD = ["peft", "transformers.models.qwen2.modeling_qwen2", "verl_pte.megatron.replay", "verl_pte.megatron.model"]
 LAYERS, HEADS, KV_HEADS, VOCAB = 4, 8, 4, 62
 
 
@@ -50,7 +53,9 @@ def hf_model(layout: Layout):
 
 
 def batch(layout: Layout) -> tuple[list, list]:
-    prompts, responses = (random_tokens(*lengths, seed=s) for s, lengths in enumerate((layout.prompts, layout.responses)))
+    prompts, responses = (
+        random_tokens(*lengths, seed=s) for s, lengths in enumerate((layout.prompts, layout.responses))
+    )
     return [torch.tensor(p) for p in prompts], [torch.tensor(r) for r in responses]
 
 
@@ -61,11 +66,26 @@ def score_gradients(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(shape), torch.randn(shape)
 
 
-def build(layout: Layout, hf=None, *, seed: int = 0):
+def build(layout: Layout, hf=None):
     """This rank's model, with the weights of `hf` unless there is none."""
     from megatron.core import parallel_state
 
     from verl_pte.megatron import base, placement
+
+    hf = hf or hf_model(layout)
+    model = new_model(layout, hf)
+    group = parallel_state.get_tensor_model_parallel_group()
+    named = dict(hf.named_parameters())
+    plain = {n.removeprefix(placement.PREFIX).replace(".base_layer", ""): p for n, p in named.items()}
+    base.load(model, plain, group)
+    placement.load(model, named, group)
+    return model
+
+
+def new_model(layout: Layout, hf=None):
+    """This rank's model with an adapter's first weights, its base not loaded."""
+    from megatron.core import parallel_state
+
     from verl_pte.megatron.config import transformer_config
     from verl_pte.megatron.model import PTEGPTModel
 
@@ -77,20 +97,14 @@ def build(layout: Layout, hf=None, *, seed: int = 0):
         sequence_parallel=layout.sequence_parallel,
         on_cpu=True,
     )
-    model = PTEGPTModel(
+    return PTEGPTModel(
         hf.config,
         hf.peft_config["default"],
         config,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-        seed=seed,
+        seed=3,
     )
-    group = parallel_state.get_tensor_model_parallel_group()
-    named = dict(hf.named_parameters())
-    plain = {n.removeprefix(placement.PREFIX).replace(".base_layer", ""): p for n, p in named.items()}
-    base.load(model, plain, group)
-    placement.load(model, named, group)
-    return model
 
 
 def wrapped(model):
@@ -135,15 +149,18 @@ def from_last_stage(tensor: torch.Tensor | None) -> torch.Tensor:
     return held[0]
 
 
+def replays(layout: Layout, variants: list[dict]) -> list[dict[str, Any]]:
+    """`replay` of several models and settings on the same ranks."""
+    return [replay(dataclasses.replace(layout, **variant)) for variant in variants]
+
+
 def replay(layout: Layout) -> dict[str, Any]:
     """Log-probs, entropy, state facts and gradients of the batch."""
     from verl_pte.megatron.replay import MegatronReplay
 
     model = build(layout)
     ddp = wrapped(model)
-    run = MegatronReplay(
-        ddp, *batch(layout), temperature=0.7, entropy=layout.entropy, chunk_tokens=layout.chunk_tokens
-    )
+    run = MegatronReplay(ddp, *batch(layout), temperature=0.7, entropy=layout.entropy, chunk_tokens=layout.chunk_tokens)
     found = run.forward()
     run.backward(*(score_gradients(layout) if found is not None else (None, None)))
     names = ("log_probs", "entropy", "state_norm", "update_ratio")
@@ -155,8 +172,8 @@ def _norm(model) -> float:
     """As megatron-core clips by: over all ranks, what every rank holds counted once."""
     from megatron.core import parallel_state
     from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
-    from megatron.core.transformer.module import param_is_not_shared
     from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+    from megatron.core.transformer.module import param_is_not_shared
 
     mine = [p for p in model.parameters() if p.requires_grad and param_is_not_shared(p)]
     mine = [p.main_grad for p in mine if param_is_not_tensor_parallel_duplicate(p)]
@@ -168,14 +185,23 @@ def run_on_ranks(work, layout: Layout, *args) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
+    context = mp.get_context("forkserver")  # ranks are forked from a process that has imported what takes long
+    context.set_forkserver_preload(PRELOAD)
+    results = context.Queue()
     ranks = [context.Process(target=_rank, args=(r, port, work, layout, args, results)) for r in range(layout.world)]
     for process in ranks:
         process.start()
-    found = {rank: torch.load(io.BytesIO(packed), weights_only=False) for rank, packed in (results.get() for _ in ranks)}
+    packed: dict[int, bytes] = {}
+    while len(packed) < layout.world:
+        try:
+            packed.update([results.get(timeout=5)])
+        except queue.Empty:
+            dead = [r for r, process in enumerate(ranks) if process.exitcode and r not in packed]
+            if dead:  # before it could say why, e.g. where it cannot import `work`
+                raise AssertionError(f"rank {dead[0]} died; see its output") from None
     for process in ranks:
         process.join()
+    found = {rank: torch.load(io.BytesIO(data), weights_only=False) for rank, data in packed.items()}
     for rank in range(layout.world):
         if isinstance(found[rank], str):
             raise AssertionError(f"rank {rank}:\n{found[rank]}")

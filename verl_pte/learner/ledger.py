@@ -55,9 +55,12 @@ class Ledger:
                 layer.evicted = store.get(call.evicted_BC)
         return cache
 
+    def hand_on(self, states: list[Tensor | None]) -> None:
+        """Hand a call's states, one a layer, to the next call; calls come in order."""
+        self._states.append(states)
+
     def keep(self, call: Call, cache: CallCache) -> None:
-        """Take in what a call that has run leaves behind; calls come in order."""
-        self._states.append(cache.states_out)
+        """Take in the keys and values a call has made."""
         if not self.stores:
             length = max(self.plan.run_lens)
             self.stores = [KVStore(self.plan.batch_size, length, layer.own[0], self.on_host) for layer in cache.layers]
@@ -82,14 +85,14 @@ class Ledger:
         self._pinned_B1 = torch.tensor(pinned_B1, device=self.plan.device)
         self._d_states = [None] * self.num_layers
 
-    def leaves(self, call: Call) -> CallCache:
-        """What `call` sees, as leaves that take gradients; calls come in reverse order.
+    def leaves(self, index: int, call: Call) -> CallCache:
+        """What call `index` sees, as leaves that take gradients; once a call.
 
         In `state` and `truncated` mode only what belongs to the call's own segment is more than a constant.
         """
-        index = len(self._states) - 1
         cache = self.cache(index, call)
-        cache.states_in = [None if s is None else s.detach().requires_grad_() for s in self._states.pop()]
+        states, self._states[index] = self._states[index], []
+        cache.states_in = [None if s is None else s.detach().requires_grad_() for s in states]
         constant = self.gradient != "full"
         for layer in cache.layers:
             if layer.past is not None and not (constant and not call.same_segment_BP.any()):

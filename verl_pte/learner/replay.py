@@ -118,7 +118,8 @@ class Replay:
         updates = 0
         for index in tqdm(range(self.num_calls), desc="replay", unit="call", disable=not self.progress):
             call = self.plan.call(index)
-            cache = self._forward_call(index, call, gathered)
+            cache = self._forward_call(call, index, gathered)
+            self.ledger.hand_on(cache.states_out)
             if cache.state_norms:
                 norms = norms + torch.stack(cache.state_norms).sum()
                 ratios = ratios + torch.stack(cache.update_ratios).sum()
@@ -161,12 +162,12 @@ class Replay:
             if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2: reduce once, with everything accumulated
                 self.model.set_requires_gradient_sync(last and index == 0)
             call = self.plan.call(index)
-            self._backward_call(call, d_scores)
+            self._backward_call(call, index, d_scores)
 
     # -- one call
     # ---------------------------------------------------------------------------------------------------------
 
-    def _forward_call(self, index: int, call: Call, gathered: list[Tensor | None]) -> CallCache:
+    def _forward_call(self, call: Call, index: int, gathered: list[Tensor | None]) -> CallCache:
         """Run a call without gradients; keep what it leaves, write its scores to their places in `gathered`."""
         cache = self.ledger.cache(index, call)
         scores = self.scorer(call, cache)
@@ -182,9 +183,9 @@ class Replay:
         self.ledger.keep(call, cache)
         return cache
 
-    def _backward_call(self, call: Call, d_scores: list[Tensor | None]) -> None:
+    def _backward_call(self, call: Call, index: int, d_scores: list[Tensor | None]) -> None:
         """Run a call with gradients and backpropagate through it."""
-        cache = self.ledger.leaves(call)
+        cache = self.ledger.leaves(index, call)
         with torch.enable_grad():
             scores = self.scorer(call, cache)
             slots_BN = call.response_BN[:, call.columns]
@@ -195,20 +196,20 @@ class Replay:
                     loss = loss + (found_BN * d_found.gather(1, slots_BN)).sum()
         roots: list[Tensor] = [loss]
         gradients: list[Tensor | None] = [None]
-        for index, (layer, state) in enumerate(zip(cache.layers, cache.states_out, strict=True)):
-            for own, gradient in zip(layer.own, self.ledger.owed(call, index), strict=True):
+        for place, (layer, state) in enumerate(zip(cache.layers, cache.states_out, strict=True)):
+            for own, gradient in zip(layer.own, self.ledger.owed(call, place), strict=True):
                 if own.requires_grad:
                     roots.append(own)
                     gradients.append(gradient.to(own.dtype))
-            d_state = self.ledger.owed_state(index)
+            d_state = self.ledger.owed_state(place)
             if state is not None and d_state is not None and state.requires_grad:
                 roots.append(state)
                 gradients.append(d_state)
         torch.autograd.backward(roots, gradients)
-        for index, (layer, state_in) in enumerate(zip(cache.layers, cache.states_in, strict=True)):
+        for place, (layer, state_in) in enumerate(zip(cache.layers, cache.states_in, strict=True)):
             past, evicted = (tuple(t.grad for t in pair or ()) for pair in (layer.past, layer.evicted))
-            self.ledger.credit(call, index, past, evicted)
-            self.ledger.credit_state(call, index, None if state_in is None else state_in.grad)
+            self.ledger.credit(call, place, past, evicted)
+            self.ledger.credit_state(call, place, None if state_in is None else state_in.grad)
 
 
 def check_sequences(prompts: Sequence[Tensor], responses: Sequence[Tensor], longest: int) -> None:
@@ -223,9 +224,7 @@ def check_sequences(prompts: Sequence[Tensor], responses: Sequence[Tensor], long
                 raise ValueError(f"{kind} {b} is empty: a replay needs at least one prompt and one response token")
     found = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     if found > longest:
-        raise ValueError(
-            f"prompt and response of {found} tokens exceed the model's max_position_embeddings={longest}"
-        )
+        raise ValueError(f"prompt and response of {found} tokens exceed the model's max_position_embeddings={longest}")
 
 
 def _mean(total: Tensor, count: int) -> float:

@@ -43,14 +43,17 @@ class Lent:
 class _ParallelLoRA(nn.Module):
     """One rank's part of a StateLoRA; made whole and then cut, so that all shardings start alike."""
 
-    def __init__(self, whole: StateLoRA, group: Any, sequence_parallel: bool, cut: tuple[int | None, int | None]) -> None:
+    def __init__(
+        self, whole: StateLoRA, group: Any, sequence_parallel: bool, cut: tuple[int | None, int | None]
+    ) -> None:
         super().__init__()
         self.scaling, self.group, self.sequence_parallel = whole.scaling, group, sequence_parallel
         self.lora_A, self.lora_B = whole.lora_A, whole.lora_B
         for linear, dim in ((self.lora_A, cut[0]), (self.lora_B, cut[1])):
-            place(linear.weight, dim, group)
+            weight: Any = linear.weight
+            place(weight, dim, group)
             if dim is None:
-                linear.weight.sequence_parallel = sequence_parallel  # type: ignore[assignment]
+                weight.sequence_parallel = sequence_parallel
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """For megatron-core's distributed checkpoints."""

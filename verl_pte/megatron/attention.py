@@ -9,7 +9,7 @@ Left out: dropout, attention sinks, other kernels than torch's scaled_dot_produc
 Shape suffixes: N tokens of the call, B sequences, H heads of this rank, D head_dim, P visible past tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,8 +33,8 @@ class CallAttention(MegatronModule):
         run = self.current.run
         q_BHND, k_BHND, v_BHND = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         if run.collect is not None and k_BHND.requires_grad:
-            index = self.index
-            k_BHND, v_BHND = collecting((k_BHND, v_BHND), lambda: run.collect(index))
+            collect, index = run.collect, self.index
+            k_BHND, v_BHND = collecting((k_BHND, v_BHND), lambda: collect(index))
         keys, values = run.cache.update(k_BHND, v_BHND, self.index)
         out_BHND = torch.nn.functional.scaled_dot_product_attention(
             q_BHND.contiguous(), keys.contiguous(), values.contiguous(), attn_mask=run.mask_B1NS, enable_gqa=True
@@ -42,7 +42,7 @@ class CallAttention(MegatronModule):
         return out_BHND.permute(2, 0, 1, 3).flatten(2)
 
 
-def collecting(tensors: tuple[Tensor, ...], owed: Callable[[], list[Tensor | None]]) -> tuple[Tensor, ...]:
+def collecting(tensors: tuple[Tensor, ...], owed: Callable[[], Sequence[Tensor | None]]) -> tuple[Tensor, ...]:
     """The tensors; in backward, `owed()` (one each, None for nothing) is added to their gradients."""
     return _Collecting.apply(owed, *tensors)
 

@@ -113,9 +113,7 @@ def full_tensors(model: nn.Module, tensor_group: Any, pipeline_group: Any) -> It
 
     A collective over tensor- and pipeline-parallel ranks, which iterate together.
     """
-    yield from from_all_stages(
-        _own_full_tensors(model, tensor_group), pipeline_group, next(model.parameters()).device
-    )
+    yield from from_all_stages(_own_full_tensors(model, tensor_group), pipeline_group, next(model.parameters()).device)
 
 
 @torch.no_grad()

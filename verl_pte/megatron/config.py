@@ -29,13 +29,10 @@ def check_model(hf: Any, *, tensor: int, pipeline: int) -> None:
         )
     for key in ("num_attention_heads", "intermediate_size"):
         if getattr(hf, key) % tensor:
-            raise ValueError(
-                f"tensor_model_parallel_size={tensor}: must divide the model's {key}={getattr(hf, key)}"
-            )
+            raise ValueError(f"tensor_model_parallel_size={tensor}: must divide the model's {key}={getattr(hf, key)}")
     if hf.num_hidden_layers % pipeline:
         raise ValueError(
-            f"pipeline_model_parallel_size={pipeline}: must divide the model's num_hidden_layers="
-            f"{hf.num_hidden_layers}"
+            f"pipeline_model_parallel_size={pipeline}: must divide the model's num_hidden_layers={hf.num_hidden_layers}"
         )
 
 

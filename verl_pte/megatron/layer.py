@@ -52,7 +52,7 @@ class PTELayer(TransformerLayer):
             self._adapt(self.mlp, "linear_fc2", pte)
             if not pte.freeze_state:
                 kind = partial(ShardedThoughtEncoder, group=self.group)
-                self.thought_encoder = thought_encoder(config.num_query_groups * config.kv_channels, pte, kind)  # type: ignore[assignment]
+                self.thought_encoder = thought_encoder(config.num_query_groups * config.kv_channels, pte, kind)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the base class's."""

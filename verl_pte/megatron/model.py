@@ -87,6 +87,4 @@ def _layer_spec(config: TransformerConfig, pte: PTEConfig, seed: int, current: C
         if getattr(attention, name) is not IdentityOp:
             setattr(attention, name, RMSNorm)
     attention.core_attention = ModuleSpec(module=CallAttention, params={"current": current})
-    return ModuleSpec(
-        module=PTELayer, params={"pte": pte, "seed": seed, "current": current}, submodules=layer
-    )
+    return ModuleSpec(module=PTELayer, params={"pte": pte, "seed": seed, "current": current}, submodules=layer)

@@ -92,6 +92,7 @@ class MegatronReplay:
             cache = self.ledger.cache(index, call)
             output = self._run(model, call, Run(cache, call.mask(), call.positions_BN, self.adapter))
             self.ledger.keep(call, cache)
+            self.ledger.hand_on(cache.states_out)
             if cache.state_norms:
                 sums_2.add_(torch.stack([torch.stack(cache.state_norms).sum(), torch.stack(cache.update_ratios).sum()]))
                 updates += len(cache.state_norms) * call.num_evicting
@@ -130,8 +131,9 @@ class MegatronReplay:
         d_scores = [None if d is None else nn.functional.pad(d, (0, 1)) for d in (d_log_probs, d_entropy)]
 
         def step(calls: Iterator[int], model: nn.Module) -> tuple[Tensor, Any]:
-            call = self.plan.call(next(calls))
-            cache = self.ledger.leaves(call)
+            index = next(calls)
+            call = self.plan.call(index)
+            cache = self.ledger.leaves(index, call)
             self._credit_on_arrival(call, cache)
             run = Run(
                 cache,

@@ -46,4 +46,3 @@ def scores(
         return picked_BN - log_sum_BN, None
     log_probs_BNV = logits_BNV - expand(log_sum_BN, group)[..., None]
     return picked_BN - log_sum_BN, -reduce((log_probs_BNV.exp() * log_probs_BNV).sum(-1), group)
-

@@ -8,6 +8,7 @@ from typing import Any
 
 from verl_pte.verl.components import AGENT_LOOP, MODEL_TARGET, ROLLOUT, ROLLOUTS, VLLM_ROLLOUT, is_pte_model
 from verl_pte.verl.config import check_model_settings, parse_pte_block, require_plugin
+from verl_pte.verl.megatron_checks import check_megatron, check_megatron_model
 from verl_pte.verl.requirement import plain, require
 from verl_pte.verl.vllm_checks import check_vllm_rollout
 
@@ -116,11 +117,14 @@ def _check_strategy(config: Any) -> None:
     from verl.utils.torch_dtypes import PrecisionType
 
     actor = config.actor_rollout_ref.actor
-    if actor.strategy not in ("fsdp", "fsdp2"):
+    if actor.strategy not in ("fsdp", "fsdp2", "megatron"):
         raise ValueError(
-            f"actor_rollout_ref.actor.strategy={actor.strategy}: must be fsdp2 (or fsdp on GPUs), the only training "
-            "engines PTE has in this version"
+            f"actor_rollout_ref.actor.strategy={actor.strategy}: must be fsdp2 (or fsdp on GPUs), or megatron, the "
+            "training engines PTE has"
         )
+    if actor.strategy == "megatron":
+        check_megatron(config)
+        return
     if actor.strategy == "fsdp" and config.trainer.device == "cpu":
         raise ValueError(
             "actor_rollout_ref.actor.strategy=fsdp: must be fsdp2 with trainer.device=cpu, FSDP1 needs GPUs"
@@ -194,7 +198,7 @@ def _check_attention(config: Any) -> None:
 
     parts = config.actor_rollout_ref
     attention = (parts.model.get("override_config", None) or {}).get("attn_implementation", "sdpa")
-    if attention not in NEEDS_GPU:
+    if attention not in NEEDS_GPU or parts.actor.strategy == "megatron":  # which has no other than sdpa
         return
     key = f"actor_rollout_ref.model.override_config.attn_implementation={attention}"
     if config.trainer.device == "cpu":
@@ -228,6 +232,8 @@ def _check_model_files(config: Any, pte: Any) -> None:
         attn_implementation=override.pop("attn_implementation", "sdpa"),
     )
     update_model_config(hf_config, override_config_kwargs=override.get("model_config", override))
+    if config.actor_rollout_ref.actor.strategy == "megatron":
+        check_megatron_model(config, hf_config)
     limit = getattr(hf_config, "max_position_embeddings", None)
     positions = rollout.prompt_length + rollout.response_length
     if limit is not None and positions > limit:

@@ -7,6 +7,8 @@ its agent loops heavier, so the loop registers only where they are loaded alread
 import sys
 from typing import Any
 
+from verl_pte.verl.megatron_checks import megatron_problem
+
 MODEL_TARGET = "verl_pte.verl.config.PTEModelConfig"
 ROLLOUT = "pte"
 VLLM_ROLLOUT = "pte_vllm"
@@ -33,7 +35,11 @@ def register() -> None:
     if not _registered:
         from verl.workers.rollout import base, replica
 
-        import verl_pte.verl.fsdp_engine  # noqa: F401  registers its engine classes
+        import verl_pte.verl.fsdp_engine
+
+        # Where verl could import megatron-core; another version of it must not stop a run on FSDP.
+        if "verl.workers.engine.megatron.transformer_impl" in sys.modules and megatron_problem() is None:
+            import verl_pte.verl.megatron_engine  # noqa: F401
 
         base._ROLLOUT_REGISTRY[(ROLLOUT, "async")] = "verl_pte.verl.server_adapter.ServerAdapter"
         base._ROLLOUT_REGISTRY[(VLLM_ROLLOUT, "async")] = "verl_pte.verl.vllm_server_adapter.VLLMServerAdapter"

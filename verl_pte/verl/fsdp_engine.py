@@ -1,50 +1,38 @@
 """PTEEngine: verl's FSDP engine with the segment-streamed replay in place of one forward and backward.
 
-It attaches a PTE adapter to the base, a new one or a saved one (``model.lora_adapter_path``), trains only that, and
-owns the micro-batch loop: replay without gradients, verl's own loss on the resulting log-probs and entropy as leaves,
-then the replay backwards with the leaves' gradients (learner/replay.py). Any loss that sees log-probs and entropy
-works. Everything else, sharding, offloading, optimizer, schedules, is verl's.
+It attaches a PTE adapter to the base, a new one or a saved one (``model.lora_adapter_path``), and trains only that.
+What is done with a batch is replay_engine.py's; everything else, sharding, offloading, optimizer, schedules, is verl's.
 
 Runs under FSDP2, and on GPUs under FSDP1, whose wrapping rule needs every trainable tensor to be the ``weight`` of a
 leaf module that is called. What was run: this engine under FSDP2 with two CPU ranks over gloo; under FSDP1 the replay
 alone on so wrapped a model, also with two CPU ranks, in float32 and bfloat16 (tests/test_fsdp.py). Neither on a GPU.
-Left out: packed rows, sequence parallelism, distillation losses (checks.py refuses them).
+Left out: sequence parallelism (checks.py refuses it).
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
-from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id
 from verl.utils.fs import copy_to_local
 from verl.utils.fsdp_utils import load_fsdp_model_to_gpu
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
-from verl.workers.engine.utils import postprocess_batch_func, prepare_micro_batches
 
 from verl_pte.learner import Replay
 from verl_pte.peft import attach
 from verl_pte.verl.adapter_tensors import full_adapter_tensors, full_base_tensors
 from verl_pte.verl.checkpoint import AdapterCheckpointManager, load_adapter
 from verl_pte.verl.config import MODEL_TYPE
-from verl_pte.verl.metrics import RolloutFacts, mean_over_sequences
 from verl_pte.verl.micro_batch import MicroBatch
+from verl_pte.verl.replay_engine import ReplayEngine
 
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp", "fsdp2"], device=["cuda"])
 @EngineRegistry.register(model_type=MODEL_TYPE, backend=["fsdp2"], device=["cpu"])
-class PTEEngine(FSDPEngineWithLMHead):
+class PTEEngine(ReplayEngine, FSDPEngineWithLMHead):
     """Trains the PTE adapter of a causal LM."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.pte = self.model_config.pte
-        self._is_reference = False
-        self._facts: dict[str, float] | None = None  # of the rollouts made with the current weights
 
     # -- building
     # ---------------------------------------------------------------------------------------------------------
@@ -95,108 +83,14 @@ class PTEEngine(FSDPEngineWithLMHead):
 
         return build_optimizer([p for p in module.parameters() if p.requires_grad], self.optimizer_config)
 
-    # -- one batch
+    # -- for ReplayEngine
     # --------------------------------------------------------------------------------------------------------
 
-    def forward_backward_batch(
-        self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False
-    ) -> dict[str, Any]:
-        """Log-probs of a batch and, unless `forward_only`, the gradients of `loss_function` on them."""
-        group = self.get_data_parallel_group()
-        self._describe_batch(data, group)
-        micro_batches, indices = prepare_micro_batches(data=data, dp_group=group, same_micro_num_in_dp=True)
-        measure = self._facts is None and not self._is_reference
-        facts, outputs, replays = RolloutFacts(), [], []
-        for index, micro_batch in enumerate(micro_batches):
-            batch = MicroBatch(micro_batch.to(get_device_id()))
-            replay = self._replay(batch)
-            found = replay.forward()
-            if measure:
-                self._measure(facts, batch, found.log_probs)
-            last = index == len(micro_batches) - 1
-            outputs.append(self._loss_and_gradients(batch, replay, found, loss_function, forward_only, last))
-            replays.append((found.state_norm, found.update_ratio, len(batch)))
-        if measure:
-            self._facts = facts.reduce(group, get_device_id())
-        result = postprocess_batch_func(output_lst=outputs, indices=indices, data=data)
-        if not forward_only:
-            norms, ratios, sizes = zip(*replays, strict=True)
-            metrics = dict(self._facts or {})
-            for key, values in (("pte/state_norm", norms), ("pte/update_ratio", ratios)):
-                mean = mean_over_sequences(values, sizes, group, get_device_id())
-                if mean is not None:
-                    metrics[key] = mean
-            # As lists: the form of a metric that was collected over micro-batches.
-            result["metrics"].update({key: [value] for key, value in metrics.items()})
-        return result
+    def _replay(self, batch: MicroBatch, **settings: Any) -> Replay:
+        return Replay(self.module, batch.prompts, batch.responses, group=self.get_data_parallel_group(), **settings)
 
-    def train_batch(self, data: TensorDict, loss_function: Callable) -> dict[str, Any]:
-        """verl's optimizer step, with the adapter's norm after it."""
-        outputs = super().train_batch(data, loss_function)
-        outputs["metrics"]["pte/adapter_norm"] = [self._adapter_norm()]
-        return outputs
-
-    def _describe_batch(self, data: TensorDict, group: Any) -> None:
-        """Tell verl's losses over what they are averaged: the tokens of all ranks, and how many ranks there are."""
-        num_tokens = data["loss_mask"].sum().to(get_device_id())
-        torch.distributed.all_reduce(num_tokens, group=group)
-        tu.assign_non_tensor(
-            data,
-            sp_size=1,
-            dp_size=self.get_data_parallel_size(),
-            batch_num_tokens=num_tokens.item(),
-        )
-
-    def _replay(self, batch: MicroBatch) -> Replay:
-        full_reference = self._is_reference and self.pte.reference_cache == "full"
-        return Replay(
-            self.module,
-            batch.prompts,
-            batch.responses,
-            temperature=batch.temperature,
-            schedule=self.pte.schedule().full() if full_reference else self.pte.schedule(),
-            entropy=tu.get_non_tensor_data(data=batch.data, key="calculate_entropy", default=False),
-            group=self.get_data_parallel_group(),
-        )
-
-    def _loss_and_gradients(
-        self,
-        batch: MicroBatch,
-        replay: Replay,
-        found: Any,
-        loss_function: Callable | None,
-        forward_only: bool,
-        last: bool,
-    ) -> dict[str, Any]:
-        leaves = [t for t in (found.log_probs, found.entropy) if t is not None]
-        with torch.set_grad_enabled(not forward_only):
-            for leaf in leaves:
-                leaf.requires_grad_(not forward_only)
-            packed = dict(zip(("log_probs", "entropy"), (batch.pack(leaf) for leaf in leaves), strict=False))
-            loss, metrics = torch.tensor(1.0), {}
-            if loss_function is not None:
-                loss, metrics = loss_function(
-                    model_output=packed, data=batch.data, dp_group=self.get_data_parallel_group()
-                )
-        if forward_only:
-            return {"model_output": packed, "loss": loss.item(), "metrics": metrics}
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        replay.backward(*gradients, last=last)
-        return {"loss": loss.item(), "metrics": metrics}
-
-    # -- metrics
-    # ----------------------------------------------------------------------------------------------------------
-
-    def _measure(self, facts: RolloutFacts, batch: MicroBatch, log_probs_BT: torch.Tensor) -> None:
-        schedule = self.pte.schedule()
-        facts.add(
-            log_probs=[row[:n].detach() for row, n in zip(log_probs_BT, batch.response_lens, strict=True)],
-            rollout_log_probs=batch.per_response("rollout_log_probs"),
-            response_masks=batch.per_response("response_mask") or [],
-            facts=batch.rollout_facts(),
-            cache_limits=[schedule.cache_limit(len(prompt)) for prompt in batch.prompts],
-        )
+    def _adapter_disabled(self) -> contextlib.AbstractContextManager[None]:
+        return self.module.disable_adapter()
 
     def _adapter_norm(self) -> float:
         parameters = [p.detach() for p in self.module.parameters() if p.requires_grad]
@@ -208,18 +102,8 @@ class PTEEngine(FSDPEngineWithLMHead):
         norm = torch.nn.utils.get_total_norm(parameters)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    # -- reference, weights
+    # -- weights
     # -----------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """The reference policy: the base without adapter, under the cache that `reference_cache` names."""
-        self._is_reference = True
-        try:
-            with super().disable_adapter():
-                yield
-        finally:
-            self._is_reference = False
 
     def get_per_tensor_param(
         self, layered_summon: bool = False, base_sync_done: bool = False, **kwargs: Any

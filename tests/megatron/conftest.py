@@ -1,0 +1,6 @@
+"""Modules that the processes of a test import."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

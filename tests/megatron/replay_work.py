@@ -1,0 +1,36 @@
+"""What ranks do for test_replay.py; importable by the processes they are."""
+
+import dataclasses
+
+import torch
+from megatron.core import parallel_state
+from megatron_ranks import Layout, batch, build, from_last_stage, gradients, new_model, replay, score_gradients, wrapped
+
+from verl_pte.megatron import placement
+from verl_pte.megatron.replay import MegatronReplay
+
+
+def replay_half(layout: Layout, halves: list[dict]) -> dict:
+    return replay(dataclasses.replace(layout, **halves[parallel_state.get_data_parallel_rank()]))
+
+
+def new_adapter(layout: Layout) -> dict:
+    groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
+    return {name: tensor.clone() for name, tensor in placement.full_tensors(new_model(layout), *groups)}
+
+
+def two_replays(layout: Layout, parts: list[dict]) -> dict:
+    model = build(layout)
+    ddp = wrapped(model)
+    for index, part in enumerate(parts):
+        piece = dataclasses.replace(layout, **part)
+        run = MegatronReplay(ddp, *batch(piece), temperature=0.7, entropy=True)
+        run.forward()
+        run.backward(*score_gradients(piece), last=index == len(parts) - 1)
+    return gradients(model)
+
+
+def reference(layout: Layout) -> torch.Tensor:
+    model = build(layout)
+    found = MegatronReplay(model, *batch(layout), adapter=False, schedule=model.pte.schedule().full()).forward()
+    return from_last_stage(None if found is None else found.log_probs)

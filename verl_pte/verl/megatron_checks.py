@@ -1,0 +1,81 @@
+"""Checks of a run that trains on Megatron; called by checks.py, messages as there."""
+
+from importlib import metadata
+from typing import Any
+
+from packaging.version import Version
+
+from verl_pte.verl.requirement import require
+
+TESTED = "0.16.1"
+
+
+def check_megatron(config: Any) -> None:
+    """Raise ValueError (RuntimeError for the installation) if training on Megatron cannot work as configured."""
+    parts = config.actor_rollout_ref
+    engine = parts.actor.get("megatron", None)
+    if engine is None:
+        raise ValueError(
+            "actor_rollout_ref.actor.strategy=megatron: the actor block is not Megatron's; choose it with "
+            "`model_engine=megatron` (the *_megatron recipes do), not by its strategy"
+        )
+    if config.trainer.device == "cpu":
+        raise ValueError("actor_rollout_ref.actor.strategy=megatron: needs GPUs; with trainer.device=cpu use fsdp2")
+    problem = megatron_problem()
+    if problem is not None:
+        raise RuntimeError(
+            f"actor_rollout_ref.actor.strategy=megatron: {problem}; pip install 'megatron-core=={TESTED}'"
+        )
+    why = "the replay runs a sequence's segments one after the other, and a rank holds whole layers of dense models"
+    for key in ("context_parallel_size", "expert_model_parallel_size"):
+        require(parts, f"actor.megatron.{key}", 1, why)
+    for key in ("expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size"):
+        if engine.get(key, None) not in (None, 1):
+            raise ValueError(f"actor_rollout_ref.actor.megatron.{key}={engine[key]}: must be null, {why}")
+    require(parts, "actor.megatron.dynamic_context_parallel", False, why)
+    why = "PTE builds its own model from megatron-core and reads the base from its Hugging Face folder"
+    for key, right in (("use_megatron_fsdp", False), ("vanilla_mbridge", False), ("use_dist_checkpointing", False)):
+        require(parts, f"actor.megatron.{key}", right, why)
+    require(parts, "actor.megatron.use_mbridge", True, "verl's engine insists on it, though no bridge is used")
+    require(parts, "actor.megatron.router_replay.mode", "disabled", "PTE supports dense models")
+    why = "the replay's adapted linears bypass quantization-aware training"
+    require(parts, "actor.megatron.qat.enable", False, why)
+    overlap = (engine.get("override_ddp_config", None) or {}).get("overlap_grad_reduce", False)
+    if overlap:
+        raise ValueError(
+            "actor_rollout_ref.actor.megatron.override_ddp_config.overlap_grad_reduce=True: must be left out, "
+            "gradients are reduced once, after the last micro-batch"
+        )
+    require(parts, "actor.optim.optimizer", "adam", "the adapter's optimizer")
+    world = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    tensor, pipeline = engine.tensor_model_parallel_size, engine.pipeline_model_parallel_size
+    if world % (tensor * pipeline):
+        raise ValueError(
+            f"actor_rollout_ref.actor.megatron: tensor_model_parallel_size={tensor} x pipeline_model_parallel_size="
+            f"{pipeline} must divide the {world} GPUs of trainer.nnodes x trainer.n_gpus_per_node"
+        )
+
+
+def check_megatron_model(config: Any, hf_config: Any) -> None:
+    """Raise ValueError unless the base model can be spread as configured."""
+    from verl_pte.megatron.config import check_model
+
+    engine = config.actor_rollout_ref.actor.megatron
+    check_model(hf_config, tensor=engine.tensor_model_parallel_size, pipeline=engine.pipeline_model_parallel_size)
+    attention = (config.actor_rollout_ref.model.get("override_config", None) or {}).get("attn_implementation", "sdpa")
+    if attention != "sdpa":
+        raise ValueError(
+            f"actor_rollout_ref.model.override_config.attn_implementation={attention}: must be sdpa with "
+            "actor.strategy=megatron, whose replay has no other"
+        )
+
+
+def megatron_problem() -> str | None:
+    """Why this installation cannot train on Megatron, None if it can."""
+    try:
+        found = metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        return "megatron-core is not installed"
+    if Version(found).release[:2] != Version(TESTED).release[:2]:
+        return f"was tested with megatron-core {TESTED}, and found {found}"
+    return None

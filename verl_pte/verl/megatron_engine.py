@@ -1,0 +1,188 @@
+"""PTEMegatronEngine: verl's Megatron engine with PTE's model and replay (verl_pte/megatron).
+
+verl's engine gets its model from megatron-bridge. This one builds a GPTModel itself, with adapter and frozen base,
+before it is wrapped with DDP, and reads the base's safetensors, so neither megatron-bridge nor Transformer Engine is
+needed. Optimizer, schedule, gradient hooks and offloading are verl's; what is
+done with a batch is replay_engine.py's.
+
+Ranks without the output layer (pipeline stages before the last) return nothing from a batch, as in verl's engine.
+
+What was run: this engine with CPU ranks over gloo, megatron-core made to do without a GPU by tests/megatron. Not on
+GPUs, and not under `main_ppo`. Left out: context parallelism, virtual stages, experts (megatron_checks.py refuses
+them).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallelConfig as DDPConfig
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from omegaconf import OmegaConf
+from torch import Tensor
+from verl.utils.device import get_device_name
+from verl.utils.fs import copy_to_local
+from verl.utils.megatron_utils import get_model, load_megatron_model_to_gpu, unwrap_model
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
+
+from verl_pte.megatron import base, placement
+from verl_pte.megatron.config import transformer_config
+from verl_pte.megatron.model import PTEGPTModel
+from verl_pte.megatron.replay import MegatronReplay
+from verl_pte.verl.config import MODEL_TYPE
+from verl_pte.verl.megatron_checkpoint import MegatronAdapterCheckpointManager, load_adapter
+from verl_pte.verl.micro_batch import MicroBatch
+from verl_pte.verl.replay_engine import ReplayEngine
+
+# Of verl's `override_transformer_config`: what its YAML always names, and which says nothing here.
+_DEFAULT_OVERRIDES = {"attention_backend": "flash", "recompute_modules": ["core_attn"]}
+
+
+@EngineRegistry.register(model_type=MODEL_TYPE, backend="megatron", device="cuda")
+class PTEMegatronEngine(ReplayEngine, MegatronEngineWithLMHead):
+    """Trains the PTE adapter of a causal LM that is spread over tensor- and pipeline-parallel ranks."""
+
+    @property
+    def model(self) -> PTEGPTModel:
+        """This rank's part, unwrapped."""
+        return unwrap_model(self.module[0])
+
+    # -- building
+    # ---------------------------------------------------------------------------------------------------------
+
+    def initialize(self) -> None:
+        """Build model, optimizer, schedule and checkpoint manager."""
+        self._build_tf_config()
+        self.module = self._build_megatron_module()
+        self.optimizer = self.lr_scheduler = None
+        if not self.engine_config.forward_only:
+            self.optimizer = self._build_optimizer()
+            self.lr_scheduler = self._build_lr_scheduler()
+            self.checkpoint_mananager = self._checkpoint_manager()  # verl's spelling
+        self.to(
+            device="cpu",
+            model=self._is_offload_param,
+            optimizer=self._is_offload_optimizer and self.optimizer is not None,
+            grad=self._is_offload_param,
+        )
+
+    def _build_tf_config(self) -> None:
+        engine = self.engine_config
+        self.is_value_model = False
+        self.bridge = self.provider = self.peft_cls = None
+        self.vanilla_bridge = False
+        self.share_embeddings_and_output_weights = self.model_config.share_embeddings_and_output_weights
+        self.param_dtype = self.dtype = PrecisionType.to_dtype(engine.dtype)
+        overrides = {
+            key: value
+            for key, value in engine.override_transformer_config.items()
+            if value is not None and _DEFAULT_OVERRIDES.get(key) != value
+        }
+        self.tf_config = transformer_config(
+            self.model_config.hf_config,
+            tensor=engine.tensor_model_parallel_size,
+            pipeline=engine.pipeline_model_parallel_size,
+            sequence_parallel=engine.sequence_parallel,
+            dtype=self.param_dtype,
+            on_cpu=get_device_name() == "cpu",
+            **overrides,
+        )
+
+    def _build_megatron_module(self) -> list[torch.nn.Module]:
+        parts = get_model(self._model_part, wrap_with_ddp=False, transformer_config=self.tf_config)
+        if self.engine_config.forward_only:
+            return parts
+        # verl's own wrapping imports names that megatron-core 0.16 does not have yet, for optimizers refused here.
+        settings = {
+            "use_distributed_optimizer": self.engine_config.use_distributed_optimizer,
+            "overlap_grad_reduce": False,
+            **self._resolve_override_ddp_config(),
+        }
+        wrapped = [DistributedDataParallel(self.tf_config, DDPConfig(**settings), part) for part in parts]
+        for part in wrapped:
+            part.broadcast_params()
+        return wrapped
+
+    def _model_part(self, pre_process: bool, post_process: bool) -> PTEGPTModel:
+        """With everything that has to be there before DDP looks for what is trainable."""
+        model = PTEGPTModel(
+            self.model_config.hf_config,
+            self.pte,
+            self.tf_config,
+            pre_process=pre_process,
+            post_process=post_process,
+            seed=self.engine_config.seed,
+        )
+        group = parallel_state.get_tensor_model_parallel_group()
+        base.load(model, base.Weights(self.model_config.local_path), group)
+        start = self.model_config.lora_adapter_path
+        if start is not None:  # checked by the driver (checks.py); a checkpoint that is resumed is loaded over it
+            load_adapter(model, copy_to_local(start, use_shm=self.model_config.use_shm))
+        return model
+
+    def _checkpoint_manager(self) -> MegatronAdapterCheckpointManager:
+        engine, model = self.engine_config, self.model_config
+        settings = {
+            "model": {"path": model.local_path},
+            "megatron": {
+                "dist_ckpt_optim_fully_reshardable": engine.dist_ckpt_optim_fully_reshardable,
+                "distrib_optim_fully_reshardable_mem_efficient": engine.distrib_optim_fully_reshardable_mem_efficient,
+            },
+        }
+        return MegatronAdapterCheckpointManager(
+            config=OmegaConf.create(settings),
+            checkpoint_config=self.checkpoint_config,
+            model_config=model.hf_config,
+            transformer_config=self.tf_config,
+            role="actor",
+            model=self.module,
+            arch=model.architectures[0],
+            hf_config=model.hf_config,
+            param_dtype=self.param_dtype,
+            share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+            processing_class=model.get_processor(),
+            optimizer=self.optimizer,
+            optimizer_scheduler=self.lr_scheduler,
+            use_distributed_optimizer=engine.use_distributed_optimizer,
+            use_checkpoint_opt_param_scheduler=self.optimizer_config.use_checkpoint_opt_param_scheduler,
+        )
+
+    # -- for ReplayEngine
+    # --------------------------------------------------------------------------------------------------------
+
+    def _replay(self, batch: MicroBatch, **settings: Any) -> MegatronReplay:
+        return MegatronReplay(
+            self.module[0], batch.prompts, batch.responses, adapter=not self._is_reference, **settings
+        )
+
+    def _adapter_disabled(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()  # `_replay` says it to each replay
+
+    def _adapter_norm(self) -> float:
+        mine = [p for p in self.model.parameters() if p.requires_grad and param_is_not_tensor_parallel_duplicate(p)]
+        squares = torch.stack([p.detach().double().square().sum() for p in mine]).sum()
+        torch.distributed.all_reduce(squares, group=parallel_state.get_model_parallel_group())
+        return float(squares.sqrt())
+
+    # -- weights
+    # ---------------------------------------------------------------------------------------------------------
+
+    def get_per_tensor_param(
+        self, base_sync_done: bool = False, **kwargs: Any
+    ) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+        """(name, full tensor) of the adapter, or of the base while `base_sync_done` is False, under the names of the
+        attached Hugging Face model, on every rank.
+
+        All ranks of a pipeline must consume what is returned, in step.
+        """
+        self._facts = None  # rollouts from here on are made with these weights
+        if self.is_param_offload_enabled:
+            load_megatron_model_to_gpu(self.module, load_grad=False)
+        tensors = placement.full_tensors if base_sync_done else base.full_tensors
+        groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
+        return tensors(self.model, *groups), self.pte.to_dict()
