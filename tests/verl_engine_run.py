@@ -56,8 +56,8 @@ def make_batch(rows: slice) -> TensorDict:
     return data
 
 
-def make_engine(path: Path, **pte):
-    """A PTEEngine as verl's TrainingWorker makes it."""
+def make_engine(path: Path, model: dict | None = None, **pte):
+    """A PTEEngine as verl's TrainingWorker makes it; `model` are further settings of its model block."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig
     from verl.workers.engine import EngineRegistry
@@ -65,7 +65,7 @@ def make_engine(path: Path, **pte):
     from verl_pte.verl.config import PTEModelConfig
 
     block = PTE | pte
-    model_config = PTEModelConfig(path=str(path / "model"), pte=block, lora={"rank": block["rank"]})
+    model_config = PTEModelConfig(path=str(path / "model"), pte=block, lora={"rank": block["rank"]}, **(model or {}))
     precision = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
     engine_config = FSDPEngineConfig(strategy="fsdp2", mixed_precision=precision, use_torch_compile=False)
     # SGD, because Adam's first step hides a gradient that is off by a factor.

@@ -11,8 +11,8 @@ from verl_engine_run import PROMPT_LENS, make_batch
 from verl_run import PTE
 
 
-def make_engine(folder: Path, layout: Layout, *, distributed_optimizer: bool = True, **pte):
-    """A PTEMegatronEngine as verl's TrainingWorker makes it, in float32, which verl's own config would refuse."""
+def make_engine(folder: Path, layout: Layout, *, dtype: str = "float32", **pte):
+    """A PTEMegatronEngine as verl's TrainingWorker makes it; float32 is more than verl's own config allows."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import McoreEngineConfig, McoreOptimizerConfig
 
@@ -25,10 +25,9 @@ def make_engine(folder: Path, layout: Layout, *, distributed_optimizer: bool = T
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         sequence_parallel=layout.sequence_parallel,
-        use_distributed_optimizer=distributed_optimizer,
-        dist_ckpt_optim_fully_reshardable=True,
+        use_distributed_optimizer=False,
     )
-    object.__setattr__(engine_config, "dtype", "float32")
+    object.__setattr__(engine_config, "dtype", dtype)
     optimizer_config = McoreOptimizerConfig(
         optimizer="adam", lr=0.02, weight_decay=0.0, clip_grad=0.5, total_training_steps=4, lr_decay_style="cosine"
     )
@@ -88,12 +87,36 @@ def exercise(layout: Layout, folder: Path, save: str | None, load: str | None, o
     result["log_probs"] = log_probs(engine, rows)
     with engine.disable_adapter():
         result["reference"] = log_probs(engine, rows)
-    for step in range(2 if load is None else 1):
+    for step in range(2) if load is None else (1,):
         with engine.train_mode():
             outputs = engine.train_batch(make_batch(rows), loss_function=make_loss())
             result[f"lr {step}"] = engine.lr_scheduler_step()
         result[f"metrics {step}"] = copy.deepcopy(outputs.get("metrics"))
         if step == 0 and save is not None:
             engine.save_checkpoint(str(folder / save), global_step=1)
+            result["saved"], result["saved log_probs"] = adapter(engine), log_probs(engine, rows)
     result["end"] = adapter(engine)
     return result
+
+
+def fsdp_adapter(folder: Path, start: Path, save: Path) -> dict[str, torch.Tensor]:
+    """What the FSDP engine hands to the rollout if it starts from the adapter `start`; it saves a checkpoint too."""
+    import torch.multiprocessing as mp
+
+    mp.spawn(_fsdp_rank, args=(folder, start, save), nprocs=1)
+    return torch.load(save / "sent.pt")
+
+
+def _fsdp_rank(rank: int, folder: Path, start: Path, save: Path) -> None:
+    import os
+
+    import verl  # noqa: F401  loads the plugin
+    import verl_engine_run
+
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
+    save.mkdir()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{save}/group", rank=0, world_size=1)
+    engine = verl_engine_run.make_engine(folder, model={"lora_adapter_path": str(start)})
+    engine.save_checkpoint(str(save))
+    torch.save(adapter(engine), save / "sent.pt")
+    torch.distributed.destroy_process_group()

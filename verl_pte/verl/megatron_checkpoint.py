@@ -1,9 +1,8 @@
 """Checkpoints of a PTE run on Megatron: the PEFT adapter that every PTE engine writes, and verl's optimizer state.
 
 ``<actor>/pte_adapter`` has full tensors under the Hugging Face model's names, so it loads at any number of ranks, in
-the FSDP engine, in the rollout engines and in PEFT. Optimizer, learning rate schedule and random state are verl's, in
-megatron-core's distributed format; with ``megatron.dist_ckpt_optim_fully_reshardable`` (or without the distributed
-optimizer) they too load at other tensor- and pipeline-parallel sizes.
+the FSDP engine, in the rollout engines and in PEFT. Optimizer and learning rate schedule are verl's, in megatron-core's
+distributed format, which loads at other tensor- and pipeline-parallel sizes too.
 """
 
 import os
@@ -25,6 +24,8 @@ from verl_pte.peft.saved import ADAPTER_FOLDER, WEIGHTS
 class MegatronAdapterCheckpointManager(MegatronCheckpointManager):
     """verl's checkpoint manager with the model part replaced by a PEFT adapter."""
 
+    # Nothing here draws random numbers, and verl's random state would tie a checkpoint to its number of ranks.
+    should_save_extra = should_load_extra = False
     # Weights are the adapter, always and nothing else.
     should_save_hf_model = should_load_hf_model = False
     should_save_dist_ckpt_model = should_load_dist_ckpt_model = False
@@ -53,8 +54,7 @@ class MegatronAdapterCheckpointManager(MegatronCheckpointManager):
         if local_path is None:
             return
         load_adapter(unwrap_model(self.model[0]), os.path.join(local_path, ADAPTER_FOLDER))
-        if self.optimizer is not None:
-            self.optimizer.reload_model_params()  # its float32 copies, where it has some and they are not loaded
+        self.optimizer.reload_model_params()  # its float32 copies, where it has some and they are not loaded
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load)
 
 

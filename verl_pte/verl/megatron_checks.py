@@ -46,6 +46,11 @@ def check_megatron(config: Any) -> None:
             "actor_rollout_ref.actor.megatron.override_ddp_config.overlap_grad_reduce=True: must be left out, "
             "gradients are reduced once, after the last micro-batch"
         )
+    why = (
+        "each data-parallel rank keeps the adapter's Adam state, which is small; with torch's Adam megatron-core 0.16 "
+        "could not load a distributed one again"
+    )
+    require(parts, "actor.megatron.use_distributed_optimizer", False, why)
     require(parts, "actor.optim.optimizer", "adam", "the adapter's optimizer")
     world = config.trainer.n_gpus_per_node * config.trainer.nnodes
     tensor, pipeline = engine.tensor_model_parallel_size, engine.pipeline_model_parallel_size

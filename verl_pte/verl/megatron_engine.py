@@ -23,9 +23,9 @@ from megatron.core.distributed import DistributedDataParallelConfig as DDPConfig
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from omegaconf import OmegaConf
 from torch import Tensor
-from verl.utils.device import get_device_name
+from verl.utils.device import get_device_id, get_device_name
 from verl.utils.fs import copy_to_local
-from verl.utils.megatron_utils import get_model, load_megatron_model_to_gpu, unwrap_model
+from verl.utils.megatron_utils import get_model, unwrap_model
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead
@@ -64,12 +64,7 @@ class PTEMegatronEngine(ReplayEngine, MegatronEngineWithLMHead):
             self.optimizer = self._build_optimizer()
             self.lr_scheduler = self._build_lr_scheduler()
             self.checkpoint_mananager = self._checkpoint_manager()  # verl's spelling
-        self.to(
-            device="cpu",
-            model=self._is_offload_param,
-            optimizer=self._is_offload_optimizer and self.optimizer is not None,
-            grad=self._is_offload_param,
-        )
+        self.to(device="cpu", model=self._is_offload_param)
 
     def _build_tf_config(self) -> None:
         engine = self.engine_config
@@ -99,7 +94,7 @@ class PTEMegatronEngine(ReplayEngine, MegatronEngineWithLMHead):
             return parts
         # verl's own wrapping imports names that megatron-core 0.16 does not have yet, for optimizers refused here.
         settings = {
-            "use_distributed_optimizer": self.engine_config.use_distributed_optimizer,
+            "use_distributed_optimizer": False,
             "overlap_grad_reduce": False,
             **self._resolve_override_ddp_config(),
         }
@@ -126,16 +121,9 @@ class PTEMegatronEngine(ReplayEngine, MegatronEngineWithLMHead):
         return model
 
     def _checkpoint_manager(self) -> MegatronAdapterCheckpointManager:
-        engine, model = self.engine_config, self.model_config
-        settings = {
-            "model": {"path": model.local_path},
-            "megatron": {
-                "dist_ckpt_optim_fully_reshardable": engine.dist_ckpt_optim_fully_reshardable,
-                "distrib_optim_fully_reshardable_mem_efficient": engine.distrib_optim_fully_reshardable_mem_efficient,
-            },
-        }
+        model = self.model_config
         return MegatronAdapterCheckpointManager(
-            config=OmegaConf.create(settings),
+            config=OmegaConf.create({"model": {"path": model.local_path}}),
             checkpoint_config=self.checkpoint_config,
             model_config=model.hf_config,
             transformer_config=self.tf_config,
@@ -148,8 +136,43 @@ class PTEMegatronEngine(ReplayEngine, MegatronEngineWithLMHead):
             processing_class=model.get_processor(),
             optimizer=self.optimizer,
             optimizer_scheduler=self.lr_scheduler,
-            use_distributed_optimizer=engine.use_distributed_optimizer,
-            use_checkpoint_opt_param_scheduler=self.optimizer_config.use_checkpoint_opt_param_scheduler,
+            use_distributed_optimizer=False,
+            use_checkpoint_opt_param_scheduler=True,  # a resumed run goes on with its learning rates
+        )
+
+    # -- memory and checkpoints
+    # --------------------------------------------------------------------------------------------------
+
+    def to(self, device: str, model: bool = True, optimizer: bool = True, grad: bool = True) -> None:
+        """Move the frozen base to `device` if `model`. The adapter, its gradients and its optimizer state stay.
+
+        verl's own moves the buffers of megatron-core's distributed optimizer, which this engine does without.
+        """
+        if model:
+            for parameter in self.model.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(get_device_id() if device != "cpu" else device)
+
+    def save_checkpoint(
+        self,
+        local_path: str,
+        hdfs_path: str | None = None,
+        global_step: int = 0,
+        max_ckpt_to_keep: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As verl's; nothing that is saved is ever offloaded."""
+        self.checkpoint_mananager.save_checkpoint(
+            local_path=local_path, hdfs_path=hdfs_path, global_step=global_step, max_ckpt_to_keep=max_ckpt_to_keep
+        )
+        torch.distributed.barrier()
+
+    def load_checkpoint(
+        self, local_path: str, hdfs_path: str | None = None, del_local_after_load: bool = True, **kwargs: Any
+    ) -> None:
+        """As verl's."""
+        self.checkpoint_mananager.load_checkpoint(
+            local_path=local_path, hdfs_path=hdfs_path, del_local_after_load=del_local_after_load
         )
 
     # -- for ReplayEngine
@@ -181,8 +204,8 @@ class PTEMegatronEngine(ReplayEngine, MegatronEngineWithLMHead):
         All ranks of a pipeline must consume what is returned, in step.
         """
         self._facts = None  # rollouts from here on are made with these weights
-        if self.is_param_offload_enabled:
-            load_megatron_model_to_gpu(self.module, load_grad=False)
+        if self.is_param_offload_enabled and not base_sync_done:
+            self.to(device=get_device_name())  # tensors are gathered on the device; verl offloads again afterwards
         tensors = placement.full_tensors if base_sync_done else base.full_tensors
         groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
         return tensors(self.model, *groups), self.pte.to_dict()
