@@ -1,4 +1,4 @@
-"""The import rule: `core` <- `peft`, `engine`, `learner` <- `vllm` <- `verl`, `cli`, `bench`. Arrows never point back.
+"""The import rule: `core` <- `peft`, `engine`, `learner` <- `vllm`, `megatron` <- `verl`, `cli`, `bench`. Arrows never point back.
 
 Checked on the source of every module, imports inside functions included, so that a module that no test loads is checked
 too. That the checker itself catches violations is tested on made-up modules.
@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "data": {"rewards", "data"},
     "eval": {"core", "config", "peft", "engine", "rewards", "data", "run_claim", "eval"},
     "vllm": {"core", "config", "peft", "engine", "vllm"},
-    "verl": {"core", "config", "peft", "engine", "learner", "patches", "vllm", "verl"},
+    "megatron": {"core", "config", "peft", "learner", "megatron"},
+    "verl": {"core", "config", "peft", "engine", "learner", "megatron", "patches", "vllm", "verl"},
     "doctor": {"", "doctor"},
     "doctor.torch_probe": {"core", "doctor"},
     "doctor.self_test": {"", "config", "peft", "engine", "learner", "doctor"},
@@ -73,6 +74,7 @@ MAY_IMPORT_OPTIONAL = {
     "core": {"flash_attn"},  # where it is used: the first call of a model that has it
     "data": {"datasets"},  # where a hub set is read
     "vllm": {"vllm"},
+    "megatron": {"megatron"},
     "bench": {"vllm"},
     "bench.verl_baseline": {"verl", "tensordict"},  # loaded where verl is, for what is measured beside ours
     "doctor.torch_probe": {

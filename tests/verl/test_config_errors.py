@@ -111,7 +111,7 @@ FSDP = "actor_rollout_ref.actor.fsdp_config"
             [f"{ROLLOUT}.name=pte_vllm"],
             r"model\.pte\.block_size=8: must be a multiple of 16 with rollout\.name=pte_vllm",
         ),
-        (["actor_rollout_ref.actor.strategy=megatron"], r"actor\.strategy=megatron: must be fsdp2"),
+        (["actor_rollout_ref.actor.strategy=megatron"], r"actor\.strategy=megatron: the actor block is not"),
         (["actor_rollout_ref.actor.strategy=fsdp"], r"actor\.strategy=fsdp: must be fsdp2 with trainer\.device=cpu"),
         ([f"{FSDP}.model_dtype=bf16"], r"fsdp_config\.model_dtype=bf16: must be fp32, .*mixed_precision"),
         ([f"{FSDP}.qat.enable=true"], r"actor\.fsdp_config\.qat\.enable=True: must be False"),

@@ -52,6 +52,11 @@ def check_megatron(config: Any) -> None:
     )
     require(parts, "actor.megatron.use_distributed_optimizer", False, why)
     require(parts, "actor.optim.optimizer", "adam", "the adapter's optimizer")
+    if config.algorithm.adv_estimator == "gae":
+        raise ValueError(
+            "algorithm.adv_estimator=gae: must not need a critic with actor.strategy=megatron, verl's Megatron critic "
+            "is built by megatron-bridge, with which this engine was not tried; use grpo, or train on FSDP"
+        )
     world = config.trainer.n_gpus_per_node * config.trainer.nnodes
     tensor, pipeline = engine.tensor_model_parallel_size, engine.pipeline_model_parallel_size
     if world % (tensor * pipeline):
