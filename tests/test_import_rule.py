@@ -1,4 +1,5 @@
-"""The import rule: `core` <- `peft`, `engine`, `learner` <- `vllm`, `megatron` <- `verl`, `cli`, `bench`. Arrows never point back.
+"""The import rule: `core` <- `peft`, `engine`, `learner` <- `vllm`, `megatron` <- `verl`, `cli`, `bench`. Arrows never
+point back.
 
 Checked on the source of every module, imports inside functions included, so that a module that no test loads is checked
 too. That the checker itself catches violations is tested on made-up modules.

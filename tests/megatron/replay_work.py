@@ -34,3 +34,28 @@ def reference(layout: Layout) -> torch.Tensor:
     model = build(layout)
     found = MegatronReplay(model, *batch(layout), adapter=False, schedule=model.pte.schedule().full()).forward()
     return from_last_stage(None if found is None else found.log_probs)
+
+
+def resave(layout: Layout, base_folder: str, adapter: str, output: str) -> list[str]:
+    """Load base and adapter from disk, write the adapter again; names of what would be sent to a rollout."""
+    from transformers import AutoConfig
+
+    from verl_pte.megatron import base
+    from verl_pte.megatron.config import transformer_config
+    from verl_pte.megatron.model import PTEGPTModel
+    from verl_pte.peft.saved import saved_config
+    from verl_pte.verl.megatron_checkpoint import load_adapter, save_adapter
+
+    hf = AutoConfig.from_pretrained(base_folder)
+    model = PTEGPTModel(
+        hf,
+        saved_config(adapter),
+        transformer_config(hf, tensor=layout.tensor, pipeline=layout.pipeline, on_cpu=True),
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+    )
+    groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
+    base.load(model, base.Weights(base_folder), groups[0])
+    load_adapter(model, adapter)
+    save_adapter(model, output)
+    return [name for name, _ in placement.full_tensors(model, *groups)]

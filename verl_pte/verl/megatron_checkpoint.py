@@ -5,6 +5,7 @@ the FSDP engine, in the rollout engines and in PEFT. Optimizer and learning rate
 distributed format, which loads at other tensor- and pipeline-parallel sizes too.
 """
 
+import copy
 import os
 
 import torch
@@ -87,5 +88,7 @@ def load_adapter(model: PTEGPTModel, folder: str) -> None:
 
 def _attached(model: PTEGPTModel) -> torch.nn.Module:
     """The Hugging Face model with its adapter, without memory: who knows the names."""
+    pte = copy.copy(model.pte)
+    pte.inference_mode = False  # True in settings that were read from a saved adapter
     with torch.device("meta"):
-        return attach(AutoModelForCausalLM.from_config(model.hf, attn_implementation="sdpa"), model.pte)
+        return attach(AutoModelForCausalLM.from_config(model.hf, attn_implementation="sdpa"), pte)
