@@ -1,10 +1,23 @@
 """What ranks do for test_replay.py; importable by the processes they are."""
 
 import dataclasses
+import gc
 
 import torch
 from megatron.core import parallel_state
-from megatron_ranks import Layout, batch, build, from_last_stage, gradients, new_model, replay, score_gradients, wrapped
+from megatron_ranks import (
+    Layout,
+    batch,
+    build,
+    from_last_stage,
+    gradients,
+    hf_model,
+    new_model,
+    replay,
+    score_gradients,
+    wrapped,
+)
+from saved_bytes import SavedBytes
 
 from verl_pte.megatron import placement
 from verl_pte.megatron.replay import MegatronReplay
@@ -59,3 +72,19 @@ def resave(layout: Layout, base_folder: str, adapter: str, output: str) -> list[
     load_adapter(model, adapter)
     save_adapter(model, output)
     return [name for name, _ in placement.full_tensors(model, *groups)]
+
+
+def saved_bytes(layout: Layout, lengths: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(most bytes autograd held at once, bytes of the K/V store) of a backward, for responses of each length."""
+    hf, found = hf_model(layout), []
+    hf.config.max_position_embeddings = 16384
+    for length in lengths:
+        gc.collect()
+        model = build(layout, hf)
+        ddp = wrapped(model)
+        run = MegatronReplay(ddp, *batch(dataclasses.replace(layout, prompts=(11,), responses=(length,))))
+        scores = run.forward()
+        with SavedBytes(model) as saved:
+            run.backward(None if scores is None else torch.ones_like(scores.log_probs))
+        found.append((saved.peak, run.ledger.num_bytes))
+    return found

@@ -10,12 +10,15 @@ from megatron_ranks import Layout, run_on_ranks
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 from verl_engine_run import TEMPERATURE, make_batch
 from verl_run import make_model
 
+from verl_pte.cli import app
 from verl_pte.learner import Replay
 from verl_pte.peft.saved import WEIGHTS
 
+TWO = "run/global_step_1/actor"  # as verl's trainer places checkpoints
 SPREAD = Layout(tensor=2, pipeline=2, sequence_parallel=True)
 
 
@@ -35,8 +38,8 @@ def one(folder) -> dict:
 
 @pytest.fixture(scope="module")
 def saved(folder) -> list[dict]:
-    """Of two tensor-parallel ranks, which also save `two`."""
-    return run_on_ranks(exercise, Layout(tensor=2), folder, "two", None, {})
+    """Of two tensor-parallel ranks, which also save TWO."""
+    return run_on_ranks(exercise, Layout(tensor=2), folder, TWO, None, {})
 
 
 def assert_same(left: dict, right: dict, tolerance: float) -> None:
@@ -86,7 +89,7 @@ def test_the_base_that_is_handed_out_is_the_hugging_face_models(one, folder):
 @pytest.mark.parametrize("layout", [Layout(pipeline=2), Layout(tensor=4)], ids=lambda layout: layout.name)
 def test_a_checkpoint_goes_on_at_another_size(saved, folder, layout):
     first = saved[0]
-    for rank in run_on_ranks(exercise, layout, folder, None, "two", {}):
+    for rank in run_on_ranks(exercise, layout, folder, None, TWO, {}):
         assert_same(rank["start"], first["saved"], 0)
         if rank["log_probs"] is not None:
             assert_rows(rank["log_probs"], first["saved log_probs"])
@@ -108,7 +111,7 @@ def test_half_precision_goes_on_where_it_was(folder):
 
 def test_the_saved_adapter_is_peft_and_gives_the_engines_log_probs(saved, folder):
     model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32), folder / "two" / "pte_adapter"
+        AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32), folder / TWO / "pte_adapter"
     )
     data = make_batch(slice(None))
     prompts, responses = data["prompts"].unbind(), data["responses"].unbind()
@@ -120,17 +123,27 @@ def test_the_saved_adapter_is_peft_and_gives_the_engines_log_probs(saved, folder
 
 def test_what_fsdp_exports_of_the_same_weights_is_the_same(saved, folder):
     """Names, tensors and files: what one engine writes and sends is what the other does."""
-    tensors = fsdp_adapter(folder, folder / "two" / "pte_adapter", folder / "fsdp")
+    tensors = fsdp_adapter(folder, folder / TWO / "pte_adapter", folder / "fsdp")
     assert_same(saved[0]["saved"], tensors, 0)
-    ours, theirs = (load_file(folder / name / "pte_adapter" / WEIGHTS) for name in ("two", "fsdp"))
+    ours, theirs = (load_file(folder / name / "pte_adapter" / WEIGHTS) for name in (TWO, "fsdp"))
     assert_same(ours, theirs, 0)
-    paths = [folder / name / "pte_adapter" / "adapter_config.json" for name in ("two", "fsdp")]
+    paths = [folder / name / "pte_adapter" / "adapter_config.json" for name in (TWO, "fsdp")]
     ours, theirs = (json.loads(path.read_text()) for path in paths)
     for config in (ours, theirs):
         config["target_modules"].sort()  # PEFT writes a set
     assert ours == theirs
 
 
+def test_the_export_command_takes_the_checkpoint(saved, folder, tmp_path):
+    (folder / "run" / "latest_checkpointed_iteration.txt").write_text("1")
+    output = tmp_path / "exported"
+    run = CliRunner().invoke(app, ["export", str(folder / "run"), "--output", str(output), "--base", "some/base"])
+    assert run.exit_code == 0, run.output
+    exported, kept = load_file(output / WEIGHTS), load_file(folder / TWO / "pte_adapter" / WEIGHTS)
+    assert_same(exported, kept, 0)
+    assert "verl, at step 1" in (output / "README.md").read_text()
+
+
 def test_a_foreign_adapter_is_refused(saved, folder):
     with pytest.raises(AssertionError, match=r"adapter: .*lora_A.* has shape \(4, 32\).*check model.pte"):
-        run_on_ranks(exercise, Layout(), folder, None, "two", {"rank": 6})
+        run_on_ranks(exercise, Layout(), folder, None, TWO, {"rank": 6})

@@ -13,7 +13,7 @@ from megatron_ranks import (
     run_on_ranks,
     score_gradients,
 )
-from replay_work import new_adapter, reference, replay_half, two_replays
+from replay_work import new_adapter, reference, replay_half, saved_bytes, two_replays
 
 from verl_pte.core.reference import Oracle
 from verl_pte.learner import Replay
@@ -130,6 +130,14 @@ def test_several_replays_of_one_step_add_up_before_ranks_are_reduced():
     for name, gradient in found.items():
         total = wanted[0][name] + wanted[1][name]
         torch.testing.assert_close(gradient, total, atol=1e-5 * float(total.abs().max()), rtol=0)
+
+
+def test_saved_activations_do_not_grow_with_the_response():
+    """On either stage of a pipeline, whose first holds two calls at a time."""
+    layout = Layout(pipeline=2, pte={"window": 64, "block_size": 16})
+    for (short, short_store), (long, long_store) in run_on_ranks(saved_bytes, layout, (256, 2048)):
+        assert short > 0 and long <= 1.02 * short
+        assert long_store > 5 * short_store  # the store is what grows
 
 
 def test_the_untouched_base_and_a_full_cache():

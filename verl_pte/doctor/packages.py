@@ -18,6 +18,7 @@ _AGAIN = "install again: pip install -e . in its checkout"
 _ENTRY_POINTS = {"verl.plugins": Part.verl, "vllm.general_plugins": Part.vllm}
 _EXTRAS = {  # (part, what it is for)
     "verl": (Part.verl, "training with verl"),
+    "megatron": (Part.extra, "training on Megatron"),
     "eval": (Part.extra, "the math reward"),
     "docs": (Part.extra, "plots and the documentation"),
 }
