@@ -14,6 +14,12 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
+# Of a recipe: the model it is for, as `verl-pte plan` calls it.
+PAPER_MODELS = {
+    "qwen2.5_3b": "qwen2.5-3b",
+    "qwen2.5_7b": "qwen2.5-7b",
+    "r1_distill_llama_8b": "r1-distill-llama-8b",
+}
 PTE = {
     "rank": 4,
     "alpha": 8.0,

@@ -85,17 +85,18 @@ def exercise(layout: Layout, folder: Path, save: str | None, load: str | None, o
     result["start"] = adapter(engine)
     result["base"] = {n: t.clone() for n, t in engine.get_per_tensor_param(base_sync_done=False)[0]}
     result["log_probs"] = log_probs(engine, rows)
-    with engine.disable_adapter():
-        result["reference"] = log_probs(engine, rows)
     for step in range(2) if load is None else (1,):
         with engine.train_mode():
             outputs = engine.train_batch(make_batch(rows), loss_function=make_loss())
             result[f"lr {step}"] = engine.lr_scheduler_step()
         result[f"metrics {step}"] = copy.deepcopy(outputs.get("metrics"))
-        if step == 0 and save is not None:
-            engine.save_checkpoint(str(folder / save), global_step=1)
+        if step == 0:
+            if save is not None:
+                engine.save_checkpoint(str(folder / save), global_step=1)
             result["saved"], result["saved log_probs"] = adapter(engine), log_probs(engine, rows)
-    result["end"] = adapter(engine)
+    result["end"], result["trained"] = adapter(engine), log_probs(engine, rows)
+    with engine.disable_adapter():
+        result["reference"] = log_probs(engine, rows)
     return result
 
 

@@ -30,7 +30,7 @@ class Layout:
     arch: str = "qwen2"
     pte: dict[str, Any] = field(default_factory=dict)  # knobs
     prompts: tuple[int, ...] = (5, 17, 2)
-    responses: tuple[int, ...] = (31, 44, 27)
+    responses: tuple[int, ...] = (31, 45, 27)
     chunk_tokens: int = 512
     data: int = 1
     entropy: bool = True

@@ -88,3 +88,14 @@ def saved_bytes(layout: Layout, lengths: tuple[int, ...]) -> list[tuple[int, int
             run.backward(None if scores is None else torch.ones_like(scores.log_probs))
         found.append((saved.peak, run.ledger.num_bytes))
     return found
+
+
+def without_base(layout: Layout) -> list[str]:
+    """Names of what is sent while the base is on another device than the adapter."""
+    model = build(layout)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                setattr(module, name, torch.nn.Parameter(parameter.to("meta"), requires_grad=False))
+    groups = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
+    return [name for name, tensor in placement.full_tensors(model, *groups) if tensor.device.type == "cpu"]

@@ -13,7 +13,7 @@ from megatron_ranks import (
     run_on_ranks,
     score_gradients,
 )
-from replay_work import new_adapter, reference, replay_half, saved_bytes, two_replays
+from replay_work import new_adapter, reference, replay_half, saved_bytes, two_replays, without_base
 
 from verl_pte.core.reference import Oracle
 from verl_pte.learner import Replay
@@ -36,6 +36,7 @@ VARIANTS = [
     {"pte": {"freeze_state": True}},
     {"pte": {"num_global_tokens": 0, "attention": "softmax", "normalize": "frobenius"}},
     {"pte": {"window": None}},
+    {"pte": {"update_state": False, "kv_store": "host"}},
     {"pte": {"target_modules": ["k_proj", "down_proj"], "update_strength": None}},
     {"prompts": (41,), "responses": (1,)},
 ]
@@ -138,6 +139,12 @@ def test_saved_activations_do_not_grow_with_the_response():
     for (short, short_store), (long, long_store) in run_on_ranks(saved_bytes, layout, (256, 2048)):
         assert short > 0 and long <= 1.02 * short
         assert long_store > 5 * short_store  # the store is what grows
+
+
+def test_an_offloaded_base_is_no_hindrance():
+    """What is sent and saved is the adapter's alone."""
+    for names in run_on_ranks(without_base, Layout(pipeline=2)):
+        assert len(names) == 4 * (7 * 2 + 6)
 
 
 def test_the_untouched_base_and_a_full_cache():

@@ -8,10 +8,10 @@ import verl.utils.config
 from hydra import compose, initialize_config_dir
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass
-from verl_run import RECIPES
+from verl_run import PAPER_MODELS, RECIPES
 
 from verl_pte import PTEConfig
-from verl_pte.megatron.config import MERGED, check_model, check_targets, transformer_config
+from verl_pte.megatron.config import MERGED, check_model, check_targets
 from verl_pte.verl import components, megatron_checks
 
 MEGATRON = ("model_engine=megatron", "pte/engine=megatron")
@@ -57,6 +57,18 @@ def test_a_recipe_differs_from_its_fsdp_one_by_the_engine_alone(recipe, folder):
     assert engine.tensor_model_parallel_size == 2 and not engine.use_distributed_optimizer
 
 
+@pytest.mark.parametrize("model", PAPER_MODELS)
+@pytest.mark.parametrize("rollout", ["native", "vllm"])
+def test_the_papers_models_can_be_spread_as_their_recipes_say(model, rollout, configs, folder):
+    recipe = f"pte_grpo_{model}_megatron"
+    assert recipe in RECIPES_ON_MEGATRON
+    config = composed(recipe, folder, f"pte/rollout={rollout}", "data.max_response_length=3072")
+    config.actor_rollout_ref.model.path = str(configs[model])
+    validate(config)
+    by_groups = composed("pte_grpo", folder, *MEGATRON, f"pte/model={model}", f"pte/rollout={rollout}")
+    assert by_groups.actor_rollout_ref.actor == composed(recipe, folder).actor_rollout_ref.actor
+
+
 @pytest.mark.parametrize("recipe", ["pte_dapo", "lora_full", "lora_window", "global_only"])
 @pytest.mark.parametrize("rollout", ["native", "vllm"])
 def test_other_recipes_take_the_engine(recipe, rollout, folder):
@@ -83,7 +95,14 @@ ENGINE = "actor_rollout_ref.actor.megatron"
         ([f"{ENGINE}.use_distributed_optimizer=true"], r"use_distributed_optimizer=True: must be False, .*small"),
         ([f"{ENGINE}.router_replay.mode=R2"], r"megatron\.router_replay\.mode='R2': must be 'disabled'"),
         ([f"{ENGINE}.qat.enable=true"], r"megatron\.qat\.enable=True: must be False"),
-        ([f"+{ENGINE}.override_ddp_config.overlap_grad_reduce=true"], r"overlap_grad_reduce=True: must be left out"),
+        (
+            [f"+{ENGINE}.override_ddp_config.use_distributed_optimizer=true"],
+            r"ddp_config.use_distributed_optimizer=True",
+        ),
+        ([f"{ENGINE}.override_transformer_config.recompute_granularity=full"], r"granularity='full': must be left out"),
+        ([f"+{ENGINE}.override_transformer_config.hidden_dropout=0.1"], r"hidden_dropout=0\.1: must be left out"),
+        ([f"{ENGINE}.optimizer_offload=true"], r"optimizer_offload=True: must be False, .*stays on the device"),
+        ([f"{ENGINE}.dtype=float16"], r"megatron\.dtype='float16': must be 'bfloat16'"),
         (["actor_rollout_ref.actor.optim.optimizer=muon"], r"actor\.optim\.optimizer='muon': must be 'adam'"),
         ([f"{ENGINE}.pipeline_model_parallel_size=3"], r"2 x pipeline_model_parallel_size=3 must divide the 8 GPUs"),
         (
@@ -174,13 +193,6 @@ def hf(**settings):
 def test_models_that_cannot_be_spread(settings, layout, message):
     with pytest.raises(ValueError, match=message):
         check_model(hf(**settings), tensor=layout[0], pipeline=layout[1])
-
-
-def test_overrides_that_the_replay_has_no_use_for():
-    with pytest.raises(
-        ValueError, match=r"override_transformer_config\.recompute_granularity='full': must be left out"
-    ):
-        transformer_config(hf(), recompute_granularity="full", on_cpu=True)
 
 
 def test_modules_to_adapt():

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,14 +14,12 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
-from verl_run import RECIPES, ROOT
+from verl_run import PAPER_MODELS, RECIPES, ROOT
 
 from verl_pte.distill.settings import parse_knobs
-from verl_pte.plan.configs import NAMED
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-MODELS = {"qwen2.5_3b": "qwen2.5-3b", "qwen2.5_7b": "qwen2.5-7b", "r1_distill_llama_8b": "r1-distill-llama-8b"}
-OF_MODELS = [f"pte_grpo_{model}" for model in MODELS]
+OF_MODELS = [f"pte_grpo_{model}" for model in PAPER_MODELS]
 # Of any model, on FSDP; those on Megatron are in test_megatron_config.py.
 GENERAL = [n for n in NAMES if not n.startswith("pte_tiny") and n not in OF_MODELS and not n.endswith("_megatron")]
 ROLLOUTS = {"native": "pte", "vllm": "pte_vllm"}
@@ -42,19 +39,6 @@ def validate(config) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def configs(folder, tmp_path_factory) -> dict[str, Path]:
-    """Folders with the real config.json of the paper's models, a tokenizer and no weights."""
-    out = {}
-    for recipe, name in MODELS.items():
-        out[recipe] = tmp_path_factory.mktemp(recipe)
-        architecture = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[NAMED[name]["model_type"]]
-        (out[recipe] / "config.json").write_text(json.dumps(NAMED[name] | {"architectures": [architecture]}))
-        for file in (folder / "model").glob("*token*"):
-            shutil.copy(file, out[recipe])
-    return out
-
-
 def test_the_recipes_are_those_the_table_lists():
     table = (RECIPES / "README.md").read_text()
     assert all(f"`{name}`" in table for name in NAMES)
@@ -66,7 +50,7 @@ def test_the_recipes_are_those_the_table_lists():
 @pytest.mark.parametrize("recipe", GENERAL)
 def test_every_recipe_takes_every_model_and_engine(recipe, rollout, configs):
     """The adapter is attached to the model of one real config, on the meta device; the others' recipes are below."""
-    for model in MODELS:
+    for model in PAPER_MODELS:
         config = composed(recipe, f"pte/model={model}", f"pte/rollout={rollout}")
         assert config.actor_rollout_ref.rollout.name == ROLLOUTS[rollout]
         assert config.actor_rollout_ref.model.path == composed(f"pte_grpo_{model}").actor_rollout_ref.model.path
@@ -118,7 +102,7 @@ def test_runs_of_different_models_and_methods_have_different_checkpoints():
     folders = [
         composed(recipe, f"pte/model={model}").trainer.default_local_dir
         for recipe in ("pte_grpo", "pte_dapo", "pte_ppo", "lora_full", "lora_window", "global_only")
-        for model in MODELS
+        for model in PAPER_MODELS
     ]
     assert len(set(folders)) == len(folders)
 

@@ -36,8 +36,11 @@ class CallAttention(MegatronModule):
             collect, index = run.collect, self.index
             k_BHND, v_BHND = collecting((k_BHND, v_BHND), lambda: collect(index))
         keys, values = run.cache.update(k_BHND, v_BHND, self.index)
+        # Grouped queries under a mask would take torch's slow kernel, which keeps all scores; repeated heads do not.
+        groups = q_BHND.shape[1] // keys.shape[1]
+        keys, values = (t.repeat_interleave(groups, dim=1) for t in (keys, values))
         out_BHND = torch.nn.functional.scaled_dot_product_attention(
-            q_BHND.contiguous(), keys.contiguous(), values.contiguous(), attn_mask=run.mask_B1NS, enable_gqa=True
+            q_BHND.contiguous(), keys, values, attn_mask=run.mask_B1NS
         )
         return out_BHND.permute(2, 0, 1, 3).flatten(2)
 

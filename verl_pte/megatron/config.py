@@ -44,7 +44,6 @@ def transformer_config(
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
     on_cpu: bool = False,
-    **overrides: Any,
 ) -> TransformerConfig:
     """The config of a dense decoder like `hf`. Raises ValueError for what is not supported.
 
@@ -54,15 +53,8 @@ def transformer_config(
         sequence_parallel: spread activations between the linears over the tensor-parallel ranks.
         dtype: of the parameters.
         on_cpu: make the parameters in host memory.
-        overrides: fields of TransformerConfig, e.g. of verl's `override_transformer_config`.
     """
     check_model(hf, tensor=tensor, pipeline=pipeline)
-    for key in ("recompute_granularity", "recompute_method", "apply_rope_fusion", "gradient_accumulation_fusion"):
-        if overrides.get(key):
-            raise ValueError(
-                f"override_transformer_config.{key}={overrides[key]!r}: must be left out; the replay holds one "
-                "segment's activations already, on linears and a rotation of its own"
-            )
     settings: dict[str, Any] = dict(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -96,7 +88,7 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # the only one megatron-core allows with that, with or without experts
         batch_p2p_comm=False,
     )
-    return TransformerConfig(**(settings | overrides))
+    return TransformerConfig(**settings)
 
 
 def check_targets(pte: PTEConfig) -> frozenset[str]:

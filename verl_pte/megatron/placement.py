@@ -103,7 +103,7 @@ def full_tensors(model: nn.Module, tensor_group: Any, pipeline_group: Any) -> It
 
     A collective over tensor- and pipeline-parallel ranks, which iterate together.
     """
-    device = next(model.parameters()).device
+    device = next(p.device for p in model.parameters() if p.requires_grad)  # the base may be offloaded
     yield from from_all_stages(
         ((name, gather(parameter, tensor_group)) for name, parameter in placed(model)), pipeline_group, device
     )

@@ -5,9 +5,11 @@ from typing import Any
 
 from packaging.version import Version
 
-from verl_pte.verl.requirement import require
+from verl_pte.verl.requirement import plain, require
 
 TESTED = "0.16.1"
+# What verl's YAML always has in `override_transformer_config`, and which says nothing here.
+_NAMED_BY_VERL = {"attention_backend": "flash", "recompute_modules": ["core_attn"]}
 
 
 def check_megatron(config: Any) -> None:
@@ -40,12 +42,16 @@ def check_megatron(config: Any) -> None:
     require(parts, "actor.megatron.router_replay.mode", "disabled", "PTE supports dense models")
     why = "the replay's adapted linears bypass quantization-aware training"
     require(parts, "actor.megatron.qat.enable", False, why)
-    overlap = (engine.get("override_ddp_config", None) or {}).get("overlap_grad_reduce", False)
-    if overlap:
-        raise ValueError(
-            "actor_rollout_ref.actor.megatron.override_ddp_config.overlap_grad_reduce=True: must be left out, "
-            "gradients are reduced once, after the last micro-batch"
-        )
+    require(parts, "actor.megatron.dtype", "bfloat16", "verl ends a run whose float16 gradients overflow once")
+    why = "the adapter's optimizer state is small and stays on the device"
+    require(parts, "actor.megatron.optimizer_offload", False, why)
+    for block in ("override_ddp_config", "override_transformer_config", "override_mcore_model_config"):
+        for key, value in (plain(engine.get(block, None)) or {}).items():
+            if value is not None and _NAMED_BY_VERL.get(key) != value:
+                raise ValueError(
+                    f"actor_rollout_ref.actor.megatron.{block}.{key}={value!r}: must be left out, the replay is "
+                    "written for one setting of megatron-core (verl_pte/megatron/config.py)"
+                )
     why = (
         "each data-parallel rank keeps the adapter's Adam state, which is small; with torch's Adam megatron-core 0.16 "
         "could not load a distributed one again"

@@ -2,8 +2,7 @@
 
 verl's engine gets its model from megatron-bridge. This one builds a GPTModel itself, with adapter and frozen base,
 before it is wrapped with DDP, and reads the base's safetensors, so neither megatron-bridge nor Transformer Engine is
-needed. Optimizer, schedule, gradient hooks and offloading are verl's; what is
-done with a batch is replay_engine.py's.
+needed. Optimizer, schedule and gradient hooks are verl's; what is done with a batch is replay_engine.py's.
 
 Ranks without the output layer (pipeline stages before the last) return nothing from a batch, as in verl's engine.
 
@@ -39,9 +38,6 @@ from verl_pte.verl.megatron_checkpoint import MegatronAdapterCheckpointManager, 
 from verl_pte.verl.micro_batch import MicroBatch
 from verl_pte.verl.replay_engine import ReplayEngine
 
-# Of verl's `override_transformer_config`: what its YAML always names, and which says nothing here.
-_DEFAULT_OVERRIDES = {"attention_backend": "flash", "recompute_modules": ["core_attn"]}
-
 
 @EngineRegistry.register(model_type=MODEL_TYPE, backend="megatron", device="cuda")
 class PTEMegatronEngine(ReplayEngine, MegatronEngineWithLMHead):
@@ -73,11 +69,6 @@ class PTEMegatronEngine(ReplayEngine, MegatronEngineWithLMHead):
         self.vanilla_bridge = False
         self.share_embeddings_and_output_weights = self.model_config.share_embeddings_and_output_weights
         self.param_dtype = self.dtype = PrecisionType.to_dtype(engine.dtype)
-        overrides = {
-            key: value
-            for key, value in engine.override_transformer_config.items()
-            if value is not None and _DEFAULT_OVERRIDES.get(key) != value
-        }
         self.tf_config = transformer_config(
             self.model_config.hf_config,
             tensor=engine.tensor_model_parallel_size,
@@ -85,7 +76,6 @@ class PTEMegatronEngine(ReplayEngine, MegatronEngineWithLMHead):
             sequence_parallel=engine.sequence_parallel,
             dtype=self.param_dtype,
             on_cpu=get_device_name() == "cpu",
-            **overrides,
         )
 
     def _build_megatron_module(self) -> list[torch.nn.Module]:
@@ -93,12 +83,8 @@ class PTEMegatronEngine(ReplayEngine, MegatronEngineWithLMHead):
         if self.engine_config.forward_only:
             return parts
         # verl's own wrapping imports names that megatron-core 0.16 does not have yet, for optimizers refused here.
-        settings = {
-            "use_distributed_optimizer": False,
-            "overlap_grad_reduce": False,
-            **self._resolve_override_ddp_config(),
-        }
-        wrapped = [DistributedDataParallel(self.tf_config, DDPConfig(**settings), part) for part in parts]
+        settings = DDPConfig(use_distributed_optimizer=False, overlap_grad_reduce=False, grad_reduce_in_fp32=True)
+        wrapped = [DistributedDataParallel(self.tf_config, settings, part) for part in parts]
         for part in wrapped:
             part.broadcast_params()
         return wrapped
