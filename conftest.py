@@ -3,7 +3,7 @@
 
 Tests of one file stay together, so that their fixtures are made once. Everything under tests/verl is one group and
 comes first: those tests start Ray and several processes each, and two at a time would be slower than one by one. The
-other long files, under tests/vllm, come next. ``--dist loadgroup`` would say the same, but pytest-xdist 3.8 loses the
+other long files, under tests/vllm and tests/megatron, come next. ``--dist loadgroup`` would say the same, but pytest-xdist 3.8 loses the
 groups under pytest 9.2.
 """
 
@@ -16,7 +16,7 @@ from hypothesis import settings
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-_LONGEST_FIRST = [Path(__file__).parent / "tests" / name for name in ("verl", "vllm")]
+_LONGEST_FIRST = [Path(__file__).parent / "tests" / name for name in ("verl", "vllm", "megatron")]
 
 
 @pytest.hookimpl(tryfirst=True)
