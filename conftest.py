@@ -3,8 +3,8 @@
 
 Tests of one file stay together, so that their fixtures are made once. Everything under tests/verl is one group and
 comes first: those tests start Ray and several processes each, and two at a time would be slower than one by one. The
-other long files, under tests/vllm and tests/megatron, come next. ``--dist loadgroup`` would say the same, but pytest-xdist 3.8 loses the
-groups under pytest 9.2.
+other long files, under tests/vllm and tests/megatron, come next. ``--dist loadgroup`` would say the same, but
+pytest-xdist 3.8 loses the groups under pytest 9.2.
 """
 
 from pathlib import Path
