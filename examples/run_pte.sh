@@ -3,6 +3,7 @@
 #
 #   MODEL=qwen2.5_3b bash examples/run_pte.sh
 #   MODEL=qwen2.5_7b ROLLOUT=vllm WARM_START=1 bash examples/run_pte.sh
+#   MODEL=qwen2.5_7b ENGINE=megatron bash examples/run_pte.sh
 #   RECIPE=lora_window MODEL=qwen2.5_3b bash examples/run_pte.sh           a baseline (recipes/README.md)
 #   MODEL=qwen2.5_3b bash examples/run_pte.sh trainer.logger='[console,wandb]'     further arguments go to verl
 #
@@ -18,6 +19,7 @@ MODEL=${MODEL:-any}                 # a file of recipes/pte/model
 GROUP=$REPO/recipes/pte/model/$MODEL.yaml
 MODEL_PATH=${MODEL_PATH:-$(sed -n 's/^ *path: *//p' "$GROUP")}
 ROLLOUT=${ROLLOUT:-native}          # or vllm
+ENGINE=${ENGINE:-fsdp2}             # of training; or megatron
 NUM_GPUS=${NUM_GPUS:-8}
 FAMILY=${FAMILY:-qwen2.5}           # of the prompts: verl-pte prepare-data --help
 DATA_DIR=${DATA_DIR:-$REPO/data/$FAMILY}
@@ -41,6 +43,11 @@ fail() {
 }
 
 [[ -n $MODEL_PATH ]] || fail "MODEL_PATH is not set, and MODEL=$MODEL names none"
+case $ENGINE in
+    fsdp2) ENGINE_ARGS=() ;;
+    megatron) ENGINE_ARGS=(model_engine=megatron pte/engine=megatron) ;;
+    *) fail "ENGINE=$ENGINE: must be fsdp2 or megatron" ;;
+esac
 case $RECIPE in
     lora_full) [[ $WARM_START == 0 ]] || fail "WARM_START=$WARM_START: lora_full has a full cache, which has nothing to be taught" ;;
     lora_window) WARM_START_ARGS="--pte freeze_state=true $WARM_START_ARGS" ;;
@@ -52,7 +59,7 @@ done
 
 # What a checkpoint in OUT was made with. verl would go on from it under any settings.
 mkdir -p "$OUT"
-SETTINGS="RECIPE=$RECIPE MODEL_PATH=$MODEL_PATH NUM_GPUS=$NUM_GPUS WARM_START=$WARM_START WINDOW=$WINDOW
+SETTINGS="RECIPE=$RECIPE MODEL_PATH=$MODEL_PATH ENGINE=$ENGINE NUM_GPUS=$NUM_GPUS WARM_START=$WARM_START WINDOW=$WINDOW
 MAX_PROMPT_LENGTH=$MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH=$MAX_RESPONSE_LENGTH TRAIN_BATCH_SIZE=$TRAIN_BATCH_SIZE N=$N LR=$LR"
 if [[ -f $OUT/settings.txt && $(< "$OUT/settings.txt") != "$SETTINGS" ]]; then
     fail "OUT=$OUT holds a run with other settings ($(tr '\n' ' ' < "$OUT/settings.txt")): set another OUT, or those"
@@ -114,4 +121,4 @@ if [[ $WARM_START == 1 ]]; then
 fi
 
 "$PYTHON" -m verl.trainer.main_ppo --config-dir "$REPO/recipes" --config-name "$RECIPE" \
-    "${DATA[@]}" "${MODEL_ARGS[@]}" "${ACTOR[@]}" "${ROLLOUT_ARGS[@]}" "${TRAINER[@]}" "$@"
+    "${DATA[@]}" "${MODEL_ARGS[@]}" "${ENGINE_ARGS[@]}" "${ACTOR[@]}" "${ROLLOUT_ARGS[@]}" "${TRAINER[@]}" "$@"

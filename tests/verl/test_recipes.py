@@ -239,7 +239,7 @@ def test_scripts_prepare_what_is_missing(told, tmp_path):
     assert told("run_qwen2.5_3b", VAL_FILE="nowhere.parquet", fails="nowhere.parquet: no such file") == []
 
 
-def test_scripts_leave_to_the_recipe_what_is_not_set(told):
+def test_scripts_leave_to_the_recipe_what_is_not_set(told, tmp_path):
     (*_, run) = told("run_pte", MODEL="qwen2.5_7b", RECIPE="pte_ppo", ROLLOUT="vllm")
     overrides = [argument for argument in run if "=" in argument and not argument.startswith("hydra.")]
     ours, recipe = composed("pte_ppo", *overrides), composed("pte_ppo", "pte/model=qwen2.5_7b", "pte/rollout=vllm")
@@ -247,9 +247,13 @@ def test_scripts_leave_to_the_recipe_what_is_not_set(told):
     for config in (ours, recipe):
         config.data.train_files = config.data.val_files = config.trainer.default_local_dir = ""
     assert ours == recipe
-    (*_, run) = told("run_pte", "trainer.nnodes=2", MODEL="qwen2.5_7b", N="4", LR="1e-6", OUT="/tmp/other")
+    (*_, run) = told("run_pte", "trainer.nnodes=2", MODEL="qwen2.5_7b", N="4", LR="1e-6", OUT=str(tmp_path / "b"))
     assert {"actor_rollout_ref.rollout.n=4", "actor_rollout_ref.actor.optim.lr=1e-6"} <= set(run)
     assert run[-1] == "trainer.nnodes=2"
+    (*_, run) = told("run_pte", MODEL="qwen2.5_7b", ENGINE="megatron", OUT=str(tmp_path / "c"))
+    config = composed("pte_grpo", *(argument for argument in run if "=" in argument and "hydra." not in argument))
+    assert config.actor_rollout_ref.actor.strategy == "megatron"
+    assert told("run_pte", MODEL="qwen2.5_7b", ENGINE="fsdp", fails="must be fsdp2 or megatron") == []
     assert told("run_pte", fails="MODEL_PATH is not set, and MODEL=any names none") == []
 
 
