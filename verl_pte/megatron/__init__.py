@@ -6,6 +6,9 @@
     adapter.py   state-modulated LoRA of column- and row-parallel linears
     encoder.py   the thought encoder over the kv heads of a rank
     attention.py core attention that sees the bounded cache
+    norm.py      RMSNorm that does with sequence parallelism and without Apex
+    current.py   the call under way, which layers read, and its rotary angles
+    collectives.py  sums over tensor-parallel ranks, and their gradients
     replay.py    log-probs and gradients: segments are the micro-batches of megatron-core's pipeline schedules
     scores.py    log-probs and entropy from logits that are spread over the vocabulary
     placement.py what lies where: names and shards of the adapter's tensors

@@ -97,7 +97,7 @@ class AdaptedLinear(MegatronModule):
 
     Args:
         base: column- or row-parallel linear.
-        parts: (name, update or None) of each part, in order.
+        parts: (name, out_features of this rank, update or None) of each part, in order.
         kv_heads: of this rank, where the output interleaves the parts a kv head at a time (query, key, value); None
             where it has them one after the other.
         lent: the decoder layer's.
@@ -137,9 +137,6 @@ class AdaptedLinear(MegatronModule):
     def adapters(self) -> list[tuple[str, _ParallelLoRA]]:
         """(name, update) of the adapted parts, in order."""
         return [(name, getattr(self, name)) for name, _ in self.parts if hasattr(self, name)]
-
-    def backward_dw(self) -> None:
-        """megatron-core's delayed weight gradients: the base has none."""
 
 
 def _modulate(h_NBR: Tensor, state_BRR: Tensor | None) -> Tensor:

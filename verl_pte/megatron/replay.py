@@ -146,7 +146,8 @@ class MegatronReplay:
             output = self._run(model, call, run)
 
             def loss(logits_BNV: Tensor) -> tuple[Tensor, dict]:
-                total = 0.0 * logits_BNV.float().sum()  # keeps the graph of calls that predict nothing
+                # Calls that predict nothing keep their graph: gradients pass through them to other calls.
+                total = logits_BNV.new_zeros(()) if call.columns else 0.0 * logits_BNV.sum()
                 for values_BN, d_values in zip(self._scores(call, logits_BNV), d_scores, strict=True):
                     if d_values is not None and call.columns:
                         assert values_BN is not None, "a gradient of what this replay was not asked for"

@@ -31,8 +31,9 @@ def scores(
     share = logits_BNV.shape[-1]
     first = group.rank() * share
     logits_BNV = logits_BNV.float() / temperature_B[:, None, None]
-    token_V = torch.arange(first, first + share, device=logits_BNV.device)
-    logits_BNV = logits_BNV.masked_fill(token_V >= vocab_size, _NOTHING)
+    if first + share > vocab_size:
+        token_V = torch.arange(first, first + share, device=logits_BNV.device)
+        logits_BNV = logits_BNV.masked_fill(token_V >= vocab_size, _NOTHING)
     highest_BN = logits_BNV.detach().max(-1).values
     dist.all_reduce(highest_BN, op=dist.ReduceOp.MAX, group=group)
     logits_BNV = logits_BNV - highest_BN[..., None]
