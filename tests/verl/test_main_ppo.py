@@ -87,10 +87,14 @@ def test_checkpoints_of_a_run_can_be_exported(whole, folder, tmp_path):
 
 
 def test_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(whole, folder):
+    """Also where the recipe names an adapter to start from: the checkpoint wins."""
+    start = make_adapter(folder, folder / "unused")
+    assert abs(norm_of(start) - whole[2]["pte/adapter_norm"]) > 1, "its weights are others"
     (folder / "resumed").mkdir()
     shutil.copytree(folder / "whole" / "global_step_2", folder / "resumed" / "global_step_2")
     (folder / "resumed" / "latest_checkpointed_iteration.txt").write_text("2")
-    metrics = [m for m in train(folder, "resumed", *RUN) if "training/global_step" in m]
+    logged = train(folder, "resumed", *RUN, f"actor_rollout_ref.model.lora_adapter_path={start}")
+    metrics = [m for m in logged if "training/global_step" in m]
     assert [m["training/global_step"] for m in metrics] == [3, 4]
     assert metrics[0]["critic/score/mean"] == pytest.approx(whole[2]["critic/score/mean"], abs=1e-9), "same rollouts"
     two, four, again = (
@@ -101,18 +105,6 @@ def test_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(whole, folder):
     off = max(float((four[name] - again[name]).abs().max()) for name in four)
     assert moved > 1e-3
     assert off <= 1e-6, f"steps 3 and 4 moved weights by {moved}, the resumed run ended {off} away"
-
-
-def test_two_replicas(folder):
-    more = ("trainer.n_gpus_per_node=2", "trainer.total_training_steps=2", "trainer.save_freq=2")
-    # `dummy`: the trainer sends the base weights too, so the servers know only what travelled.
-    metrics = train(folder, "replicas", *more, "actor_rollout_ref.rollout.load_format=dummy")
-    assert [m["training/global_step"] for m in metrics] == [1, 2]
-    for m in metrics:
-        assert m["pte/mismatch_max"] <= 1e-5
-        assert m["actor/grad_norm"] > 0
-    saved = load_file(adapter(folder, "replicas", 2) / "adapter_model.safetensors")
-    assert any(t.abs().max() > 0 for name, t in saved.items() if "lora_B" in name)
 
 
 def norm_of(adapter_folder) -> float:
@@ -131,26 +123,21 @@ def warm_start(folder, window: int) -> Path:
     return folder / "warm" / "adapter"
 
 
-def test_starts_from_the_adapter_of_a_warm_start(folder):
+def test_two_replicas_start_from_the_adapter_of_a_warm_start(folder):
     """Two ranks: the second holds no weights when the adapter is loaded, and has to be sent its share."""
     path = warm_start(folder, window=24)
-    more = ("trainer.n_gpus_per_node=2", "trainer.total_training_steps=1", "actor_rollout_ref.actor.optim.lr=0")
-    start = f"actor_rollout_ref.model.lora_adapter_path={path}"
-    (metrics,) = train(folder, "started", *more, start, "actor_rollout_ref.actor.use_kl_loss=true")
-    assert metrics["pte/adapter_norm"] == pytest.approx(norm_of(path), rel=1e-5)
-    assert metrics["pte/mismatch_max"] <= 1e-5, "the first rollouts are the adapter's, not the untrained one's"
-    assert metrics["actor/kl_loss"] > 1e-4, "the adapter does something, and the reference is still the base"
-    assert metrics["pte/cache_limit"] < 64 + 24, "the run's window, not the adapter's"
-
-
-def test_a_checkpoint_wins_over_the_adapter_to_start_from(whole, folder):
-    path = make_adapter(folder, folder / "unused")
-    (folder / "continued").mkdir()
-    shutil.copytree(folder / "whole" / "global_step_2", folder / "continued" / "global_step_2")
-    (folder / "continued" / "latest_checkpointed_iteration.txt").write_text("2")
-    start = f"actor_rollout_ref.model.lora_adapter_path={path}"
-    more = ("trainer.total_training_steps=3", "trainer.save_freq=-1", "trainer.test_freq=-1")
-    (step,) = [m for m in train(folder, "continued", *RUN, *more, start) if "training/global_step" in m]
-    assert step["critic/score/mean"] == pytest.approx(whole[2]["critic/score/mean"], abs=1e-9)
-    assert step["pte/adapter_norm"] == pytest.approx(whole[2]["pte/adapter_norm"], rel=1e-3)
-    assert abs(norm_of(path) - step["pte/adapter_norm"]) > 1
+    more = ("trainer.n_gpus_per_node=2", "trainer.total_training_steps=2", "trainer.save_freq=2")
+    # `dummy`: the trainer sends the base weights too, so the servers know only what travelled.
+    more += ("actor_rollout_ref.rollout.load_format=dummy", f"actor_rollout_ref.model.lora_adapter_path={path}")
+    more += ("actor_rollout_ref.actor.use_kl_loss=true", "actor_rollout_ref.actor.optim.lr=1e-4")
+    metrics = train(folder, "replicas", *more)
+    assert [m["training/global_step"] for m in metrics] == [1, 2]
+    for m in metrics:
+        assert m["pte/mismatch_max"] <= 1e-5, "the first rollouts are the adapter's, not the untrained one's"
+        assert m["actor/grad_norm"] > 0
+        assert m["pte/cache_limit"] < 64 + 24, "the run's window, not the adapter's"
+    assert metrics[0]["pte/adapter_norm"] == pytest.approx(norm_of(path), rel=1e-3)
+    assert metrics[0]["actor/kl_loss"] > 1e-4, "the adapter does something, and the reference is still the base"
+    began, ended = (load_file(p / "adapter_model.safetensors") for p in (path, adapter(folder, "replicas", 2)))
+    assert began.keys() == ended.keys()
+    assert 0 < max(float((ended[name] - began[name]).abs().max()) for name in ended) < 1e-3, "two steps of lr 1e-4"

@@ -109,15 +109,16 @@ class Ledger:
         """Gradient that the next call owes to the state it was handed: float32 [B, R, R]."""
         return self._d_states[layer]
 
-    def credit(self, call: Call, layer: int, past: tuple, evicted: tuple) -> None:
-        """Put down what reached the visible past and the evicted tokens: (key, value) gradients, None where none."""
-        if any(gradient is not None for gradient in past):
-            keep_BP = call.past_valid_BP if self.gradient == "full" else call.past_valid_BP & call.same_segment_BP
-            self._rings[layer].add(self._slots(call.past_BP), keep_BP, past)
-        if any(gradient is not None for gradient in evicted) and self.gradient == "full":
-            assert call.evicting_B is not None and call.evicted_BC is not None
-            keep_BC = call.evicting_B[:, None].expand_as(call.evicted_BC)
-            self._rings[layer].add(self._slots(call.evicted_BC), keep_BC, evicted)
+    def credit_past(self, call: Call, layer: int, d_key: Tensor | None, d_value: Tensor | None) -> None:
+        """Put down what reached the keys and the values of the visible past: [B, H, P, D], None where nothing did."""
+        keep_BP = call.past_valid_BP if self.gradient == "full" else call.past_valid_BP & call.same_segment_BP
+        self._rings[layer].add(self._slots(call.past_BP), keep_BP, (d_key, d_value))
+
+    def credit_evicted(self, call: Call, layer: int, d_key: Tensor | None, d_value: Tensor | None) -> None:
+        """Put down what reached the keys and the values that were encoded: [B, H, C, D], None where nothing did."""
+        assert self.gradient == "full" and call.evicting_B is not None and call.evicted_BC is not None
+        keep_BC = call.evicting_B[:, None].expand_as(call.evicted_BC)
+        self._rings[layer].add(self._slots(call.evicted_BC), keep_BC, (d_key, d_value))
 
     def credit_state(self, call: Call, layer: int, gradient: Tensor | None) -> None:
         """Put down what reached the state a call was handed."""

@@ -207,8 +207,10 @@ class Replay:
                 gradients.append(d_state)
         torch.autograd.backward(roots, gradients)
         for place, (layer, state_in) in enumerate(zip(cache.layers, cache.states_in, strict=True)):
-            past, evicted = (tuple(t.grad for t in pair or ()) for pair in (layer.past, layer.evicted))
-            self.ledger.credit(call, place, past, evicted)
+            if layer.past is not None:
+                self.ledger.credit_past(call, place, *(t.grad for t in layer.past))
+            if layer.evicted is not None and layer.evicted[0].requires_grad:
+                self.ledger.credit_evicted(call, place, *(t.grad for t in layer.evicted))
             self.ledger.credit_state(call, place, None if state_in is None else state_in.grad)
 
 

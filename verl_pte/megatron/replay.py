@@ -204,9 +204,10 @@ class MegatronReplay:
                 leaf.register_post_accumulate_grad_hook(lambda t: credit(t.grad))
 
         for index, (layer, state) in enumerate(zip(cache.layers, cache.states_in, strict=True)):
-            for kind, pair in enumerate((layer.past, layer.evicted)):
-                for place, leaf in enumerate(pair or ()):
-                    on(leaf, _crediting(self.ledger, call, index, kind, place))
+            for credit, pair in ((self.ledger.credit_past, layer.past), (self.ledger.credit_evicted, layer.evicted)):
+                key, value = pair or (None, None)
+                on(key, lambda gradient, credit=credit, index=index: credit(call, index, gradient, None))
+                on(value, lambda gradient, credit=credit, index=index: credit(call, index, None, gradient))
             on(state, lambda gradient, index=index: self.ledger.credit_state(call, index, gradient))
 
     def _means(self, sums_2: Tensor, updates: int) -> tuple[float, float]:
@@ -215,13 +216,3 @@ class MegatronReplay:
         dist.all_reduce(totals_3, group=parallel_state.get_pipeline_model_parallel_group())
         norms, ratios, count = totals_3.tolist()
         return (norms / count, ratios / count) if count else (float("nan"), float("nan"))
-
-
-def _crediting(ledger: Ledger, call: Call, layer: int, kind: int, place: int) -> Any:
-    """What credits the gradient of a key (place 0) or value (1) of the past (kind 0) or of the evicted (1)."""
-
-    def credit(gradient: Tensor) -> None:
-        pair = (gradient, None) if place == 0 else (None, gradient)
-        ledger.credit(call, layer, *((pair, ()) if kind == 0 else ((), pair)))
-
-    return credit

@@ -6,7 +6,7 @@ Wrong paths and foreign adapters end here, with what would be right. Left out: s
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,16 @@ def own_shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor that saving the attached `model` would write, by the name it would have there."""
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def names_by_key(model: PeftModel, names: Sequence[str]) -> dict[str, str]:
+    """Under which key PEFT saves each of these adapter tensors of `model`: their names, by key.
+
+    PEFT drops the adapter's own name from what it saves; it is asked rather than imitated.
+    """
+    numbered = {name: torch.tensor(index) for index, name in enumerate(names)}
+    keys = get_peft_model_state_dict(model, state_dict=numbered, save_embedding_layers=False)
+    return {key: names[int(index)] for key, index in keys.items()}
 
 
 def adapter_digest(adapter: str) -> str:

@@ -7,16 +7,14 @@ config under ``huggingface/``.
 """
 
 import os
-from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.utils.save_and_load import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from verl.utils.checkpoint.fsdp_checkpoint_manager import FSDPCheckpointManager
 
-from verl_pte.peft.saved import ADAPTER_FOLDER, WEIGHTS
+from verl_pte.peft.saved import ADAPTER_FOLDER, WEIGHTS, names_by_key
 from verl_pte.verl.adapter_tensors import full_adapter_tensors, load_adapter_tensors
 
 
@@ -63,15 +61,9 @@ def load_adapter(model: torch.nn.Module, folder: str) -> None:
 
     Raises ValueError if they are not exactly its own.
     """
-    # PEFT drops the adapter's name from the keys it saves; let it say what it makes of ours.
-    names = {name: torch.tensor(index) for index, (name, _) in enumerate(full_adapter_tensors(model))}
-    order = list(names)
-    keys = get_peft_model_state_dict(_peft_model(model), state_dict=names, save_embedding_layers=False)
-    tensors: dict[str, Any] = dict(load_file(os.path.join(folder, WEIGHTS)))
-    for key, index in keys.items():
-        if key in tensors:
-            tensors[order[int(index)]] = tensors.pop(key)
-    load_adapter_tensors(model, tensors)
+    own = names_by_key(_peft_model(model), [name for name, _ in full_adapter_tensors(model)])
+    saved = load_file(os.path.join(folder, WEIGHTS))
+    load_adapter_tensors(model, {own.get(key, key): tensor for key, tensor in saved.items()})
 
 
 def _peft_model(model: torch.nn.Module) -> PeftModel:

@@ -10,7 +10,7 @@ import os
 
 import torch
 from megatron.core import parallel_state
-from peft.utils.save_and_load import get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from verl.utils.checkpoint.megatron_checkpoint_manager import MegatronCheckpointManager
@@ -19,7 +19,7 @@ from verl.utils.megatron_utils import unwrap_model
 from verl_pte.megatron import placement
 from verl_pte.megatron.model import PTEGPTModel
 from verl_pte.peft import attach
-from verl_pte.peft.saved import ADAPTER_FOLDER, WEIGHTS
+from verl_pte.peft.saved import ADAPTER_FOLDER, WEIGHTS, names_by_key
 
 
 class MegatronAdapterCheckpointManager(MegatronCheckpointManager):
@@ -73,20 +73,17 @@ def load_adapter(model: PTEGPTModel, folder: str) -> None:
 
     Raises ValueError if it has not exactly the tensors of the model's adapter.
     """
-    # PEFT drops the adapter's name from the keys it saves; let it say what it makes of ours.
     attached = _attached(model)
-    names = [name for name, parameter in attached.named_parameters() if parameter.requires_grad]
-    numbered = {name: torch.tensor(index) for index, name in enumerate(names)}
-    keys = get_peft_model_state_dict(attached, state_dict=numbered, save_embedding_layers=False)
+    own = names_by_key(attached, [name for name, p in attached.named_parameters() if p.requires_grad])
     saved = load_file(os.path.join(folder, WEIGHTS))
-    foreign = sorted(saved.keys() - keys.keys())
+    foreign = sorted(saved.keys() - own.keys())
     if foreign:
         raise ValueError(f"adapter={folder}: {foreign[0]!r} is not in the model; check model.pte")
-    tensors = {names[int(index)]: saved[key] for key, index in keys.items() if key in saved}
+    tensors = {own[key]: tensor for key, tensor in saved.items()}
     placement.load(model, tensors, parallel_state.get_tensor_model_parallel_group())
 
 
-def _attached(model: PTEGPTModel) -> torch.nn.Module:
+def _attached(model: PTEGPTModel) -> PeftModel:
     """The Hugging Face model with its adapter, without memory: who knows the names."""
     pte = copy.copy(model.pte)
     pte.inference_mode = False  # True in settings that were read from a saved adapter
