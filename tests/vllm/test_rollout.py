@@ -15,7 +15,6 @@ from verl_pte import replay_log_probs
 from verl_pte.core.reference import Oracle
 
 NUM_TOKENS = 400
-LENGTHS = {arch: NUM_TOKENS if arch == ARCHITECTURES[0] else NUM_TOKENS // 2 for arch in ARCHITECTURES}
 TOLERANCE = 1e-4
 
 
@@ -72,11 +71,8 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_greedy_responses_are_the_oracles(arch, models, tmp_path):
-    """Windows of 32, 64 and 128; and a window of 32 again with preemption, asynchronous scheduling, shared prefixes.
-
-    Half as long for the architectures after the first: the oracle takes its time.
-    """
-    asked, num_tokens = prompts(), LENGTHS[arch]
+    """Windows of 32, 64 and 128; and a window of 32 again with preemption, asynchronous scheduling, shared prefixes."""
+    asked = prompts()
     plain = [(models(arch, window), {}) for window in (32, 64, 128)]
     small_pool = dict(blocks=14)  # six requests want up to 30 blocks
     rough = [
@@ -87,13 +83,13 @@ def test_greedy_responses_are_the_oracles(arch, models, tmp_path):
             dict(
                 async_scheduling=True,
                 prefix_caching=True,
-                preempt_at=[num_tokens * 3 // 8, num_tokens * 3 // 4],
-                reset_at=[num_tokens // 2],
+                preempt_at=[NUM_TOKENS * 3 // 8, NUM_TOKENS * 3 // 4],
+                reset_at=[NUM_TOKENS // 2],
                 **small_pool,
             ),
         ),
     ]
-    runs = [model.run(asked, num_tokens, **how) for model, how in plain + rough]
+    runs = [model.run(asked, **how) for model, how in plain + rough]
     found = carry_out(runs, tmp_path)
     for (model, _), run, result in zip(plain + rough, runs, found, strict=True):
         model.check(run, result)
@@ -104,7 +100,7 @@ def test_greedy_responses_are_the_oracles(arch, models, tmp_path):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_compiled(arch, models, tmp_path):
-    run = models(arch).run(prompts(), LENGTHS[arch], compile=True)
+    run = models(arch).run(prompts(), compile=True)
     models(arch).check(run, carry_out([run], tmp_path)[0])
 
 

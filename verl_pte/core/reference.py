@@ -1,9 +1,9 @@
 """The oracle: the method written plainly, against which every engine is checked.
 
-One sequence, float64, one token at a time, Python lists of keys and values. It has its own forward of a Qwen2, Qwen3,
-Llama or Mistral block, its own low-rank update and its own state arithmetic; it shares only the schedule with the
-rest (that is the one definition of what is evicted when, property-tested by itself) and reads nothing but weights and
-numbers from the model. If you want to know what PTE computes, read this file. Slow on purpose.
+One sequence, float64, one token at a time, keys and values in a dict by position. It has its own forward of a Qwen2,
+Qwen3, Llama or Mistral block, its own low-rank update and its own state arithmetic; it shares only the schedule with
+the rest (that is the one definition of what is evicted when, property-tested by itself) and reads nothing but weights
+and numbers from the model. If you want to know what PTE computes, read this file. Slow on purpose.
 """
 
 import math
@@ -99,14 +99,13 @@ class Oracle:
             k = self._norm(f"{name}.self_attn.k_norm.weight", k)
         q, k = self._rope(q), self._rope(k)
         self.cached[layer][self.position] = (k, v)
-        keys = [kv[0] for kv in self.cached[layer].values()]
-        values = [kv[1] for kv in self.cached[layer].values()]
+        keys = torch.stack([key for key, _ in self.cached[layer].values()])  # [visible tokens, kv heads, head_dim]
+        values = torch.stack([value for _, value in self.cached[layer].values()])
         attended = []
         for head in range(heads):
             kv_head = head * kv_heads // heads
-            scores = torch.stack([q[head] @ key[kv_head] for key in keys]) / math.sqrt(q.shape[-1])
-            weights = scores.softmax(-1)
-            attended.append(sum(w * value[kv_head] for w, value in zip(weights, values, strict=True)))
+            weights = (keys[:, kv_head] @ q[head] / math.sqrt(q.shape[-1])).softmax(-1)
+            attended.append(weights @ values[:, kv_head])
         x = x + self._linear(layer, "self_attn.o_proj", torch.cat(attended))
         h = self._norm(f"{name}.post_attention_layernorm.weight", x)
         gate, up = self._linear(layer, "mlp.gate_proj", h), self._linear(layer, "mlp.up_proj", h)
