@@ -207,10 +207,9 @@ class Replay:
                 gradients.append(d_state)
         torch.autograd.backward(roots, gradients)
         for place, (layer, state_in) in enumerate(zip(cache.layers, cache.states_in, strict=True)):
-            if layer.past is not None:
-                self.ledger.credit_past(call, place, *(t.grad for t in layer.past))
-            if layer.evicted is not None and layer.evicted[0].requires_grad:
-                self.ledger.credit_evicted(call, place, *(t.grad for t in layer.evicted))
+            for credit, pair in ((self.ledger.credit_past, layer.past), (self.ledger.credit_evicted, layer.evicted)):
+                if pair is not None and pair[0].requires_grad:
+                    credit(call, place, *(t.grad for t in pair))
             self.ledger.credit_state(call, place, None if state_in is None else state_in.grad)
 
 

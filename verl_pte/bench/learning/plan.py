@@ -37,12 +37,12 @@ def full(seeds: int) -> list[Cell]:
     """Everything, one part after the other, all seeds of a part together; of sweeps and other ways the first seed comes
     before, and the others after, GRPO from scratch.
     """
-    seed_of = {"first": range(1), "others": range(1, seeds), "all": range(seeds)}
+    every, first, others = range(seeds), range(1), range(1, seeds)
     compared = (_supervised, _distilled, _after_warm, _in_verl)
     varied = (_sweeps, _ways_after_warm, _ways_from_scratch)
     scratch = (_from_scratch, _others_from_scratch)
-    order = ((compared, "all"), (varied, "first"), (scratch, "all"), (varied, "others"))
-    cells = (cell for parts, which in order for part in parts for seed in seed_of[which] for cell in part(seed))
+    order = ((compared, every), (varied, first), (scratch, every), (varied, others))
+    cells = (cell for parts, chosen in order for part in parts for seed in chosen for cell in part(seed))
     return list({cell.name: cell for cell in cells}.values())  # sweeps meet the methods' own cells
 
 
