@@ -65,7 +65,7 @@ TESTED = [
     ("docs/scale.md", r"verl-pte export checkpoints/math/pte .*", "tests/test_export.py::test_checkpoints_of_a_run"),
     ("docs/quickstart.md", r"verl-pte (export|generate) .*", "tests/test_commands.py::test_quickstart_page"),
     ("*", r"verl-pte plan .*", "tests/test_commands.py::test_plans"),
-    ("*", r"verl-pte evaluate .*", "tests/test_evaluate.py::test_command_of_the_documentation_runs"),
+    ("*", r"verl-pte evaluate .*", "tests/eval/command/test_refusals.py::test_command_of_the_documentation_runs"),
     ("*", r"verl-pte serve .*", "tests/vllm/test_serve.py::test_completion_is_the_oracles"),
     ("*", r"verl-pte generate .*", "tests/test_cli.py::test_native_answers_through_pipes"),
     ("*", r"python -m verl_pte\.bench rollout .*", "tests/vllm/test_bench.py::test_methods_side_by_side"),

@@ -1,5 +1,7 @@
 """The learning benchmark's GRPO in verl: main_ppo starts from the cell's adapter and scores as the task does."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from verl.workers.config import HFModelConfig  # noqa: F401  this file needs verl
@@ -29,18 +31,20 @@ def test_words_are_tokens_and_the_reward_is_the_tasks(tmp_path) -> None:
             assert compute_score(words.DATA_SOURCE, decoded, truth) == score == task.score(example, thought).answer
 
 
-def test_cell_runs_in_verl(tmp_path) -> None:
+def test_cell_runs_in_verl(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = Path("results")  # relative, as one types it
     small = BaseSettings(hidden_size=32, layers=1)
-    untrained(Task("lookup"), small).save_pretrained(base_path(Task("lookup"), small, tmp_path / "bases"))
+    untrained(Task("lookup"), small).save_pretrained(base_path(Task("lookup"), small, results / "bases"))
     cell = Cell("lookup", "pte", "main_ppo", warm=2, steps=2, lr=0.0, tests=4, works=(10, 11), base=small, kl=0.1)
-    found = run(cell, tmp_path)
+    found = run(cell, results)
     assert "failure" not in found, found["failure"]
     assert len(found["curve"]) == 1 and all(0 <= step["reward"] <= 1 for step in found["curve"])
     assert max(step["mismatch"] for step in found["curve"]) <= 1e-5
     # A learning rate of zero: it ends as the adapter it began with, which the warm start has moved.
     before, after = (
         torch.cat([t.flatten() for _, t in sorted(_tensors(path).items())])
-        for path in (next(tmp_path.glob("main_ppo/*/start")), next(tmp_path.rglob("pte_adapter")))
+        for path in (next(results.glob("main_ppo/*/start")), next(results.rglob("pte_adapter")))
     )
     assert torch.equal(before, after)
     assert found["history"][0]["answer"] == pytest.approx(found["history"][-1]["answer"])

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def train(run: Run, base: PreTrainedModel) -> tuple[list[dict[str, float]], Path
 
     Raises RuntimeError with the end of verl's output if it fails.
     """
+    run = replace(run, folder=run.folder.resolve(), adapter=run.adapter.resolve())  # verl runs in that folder
     task, folder, steps = run.task, run.folder, run.optimization.steps
     folder.mkdir(parents=True, exist_ok=True)
     base.save_pretrained(folder / "base")
