@@ -86,11 +86,12 @@ def _in_verl(seed: int) -> Iterator[Cell]:
 
 
 def _ways_after_warm(seed: int) -> Iterator[Cell]:
-    """On lookup: reward alone, and a start that leaves more to learn."""
+    """On lookup: reward alone, a start that leaves more to learn, and one that leaves less."""
     pte = Cell("lookup", "pte", seed=seed, base=FULL_BASE, **AFTER_WARM)
     yield replace(pte, kl=0.0, lr=5e-4)
     yield replace(pte, kl=0.1)
-    yield Cell("lookup", "pte", "distilled", seed, steps=250, base=FULL_BASE)
+    for steps in (250, 800):
+        yield Cell("lookup", "pte", "distilled", seed, steps=steps, base=FULL_BASE)
     yield replace(pte, warm=250)
 
 
