@@ -295,6 +295,13 @@ def test_summary_is_over_seeds(folder) -> None:
     assert rows["grpo"]["reward"] is not None and "reward" not in rows["supervised"]
 
 
+def test_report_says_where_seeds_have_different_bases(folder) -> None:
+    found = [run(small_cell(seed=s), folder) for s in (0, 1)]
+    same, mixed = found, [found[0], found[1] | {"base_digest": "another"}]
+    assert " | PTE | 2 | " in report.markdown(report.summarize(same))
+    assert " | PTE | 2, 2 bases | " in report.markdown(report.summarize(mixed))
+
+
 def test_interval_is_students() -> None:
     assert report.interval([1.0, 2.0, 3.0]) == {"mean": 2.0, "half": pytest.approx(4.30 / 3**0.5)}
     assert report.interval([0.5]) == {"mean": 0.5, "half": None}

@@ -38,7 +38,7 @@ def full(seeds: int) -> list[Cell]:
     before, and the others after, GRPO from scratch.
     """
     every, first, others = range(seeds), range(1), range(1, seeds)
-    compared = (_supervised, _distilled, _after_warm, _in_verl)
+    compared = (_supervised, _distilled, _after_warm, _distilled_longer, _in_verl)
     varied = (_sweeps, _ways_after_warm, _ways_from_scratch)
     scratch = (_from_scratch, _others_from_scratch)
     order = ((compared, every), (varied, first), (scratch, every), (varied, others))
@@ -57,6 +57,13 @@ def _distilled(seed: int) -> Iterator[Cell]:
     for task in KINDS:
         for method in WARMED:
             yield Cell(task, method, "distilled", seed, far=FAR if method == "pte" else (), base=FULL_BASE)
+
+
+def _distilled_longer(seed: int) -> Iterator[Cell]:
+    """Twice as long, after which little is left for rewards."""
+    for task in KINDS:
+        for method in ("pte", "lora_c"):
+            yield Cell(task, method, "distilled", seed, steps=800, base=FULL_BASE)
 
 
 def _after_warm(seed: int) -> Iterator[Cell]:
@@ -86,12 +93,11 @@ def _in_verl(seed: int) -> Iterator[Cell]:
 
 
 def _ways_after_warm(seed: int) -> Iterator[Cell]:
-    """On lookup: reward alone, a start that leaves more to learn, and one that leaves less."""
+    """On lookup: reward alone, and a start that leaves more to learn."""
     pte = Cell("lookup", "pte", seed=seed, base=FULL_BASE, **AFTER_WARM)
     yield replace(pte, kl=0.0, lr=5e-4)
     yield replace(pte, kl=0.1)
-    for steps in (250, 800):
-        yield Cell("lookup", "pte", "distilled", seed, steps=steps, base=FULL_BASE)
+    yield Cell("lookup", "pte", "distilled", seed, steps=250, base=FULL_BASE)
     yield replace(pte, warm=250)
 
 

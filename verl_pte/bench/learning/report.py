@@ -93,6 +93,11 @@ def way(row: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _seeds(row: dict[str, Any]) -> str:
+    bases = len(row["bases"])
+    return str(len(row["seeds"])) + (f", {bases} bases" if bases > 1 else "")
+
+
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """For the terminal."""
     out = Table(caption="Greedy answers under the method's window; ±: 95 % interval over seeds.", box=box.SIMPLE_HEAD)
@@ -103,7 +108,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             out.add_row(row["task"], way(row), title(row), f"{len(row['failures'])} failed", "", "", "", "")
         if row["seeds"]:
             measured = [show(row.get(key)) for key in ("answer_before", "answer", "chain", "reward")]
-            out.add_row(row["task"], way(row), title(row), str(len(row["seeds"])), *measured)
+            out.add_row(row["task"], way(row), title(row), _seeds(row), *measured)
     return out
 
 
@@ -116,7 +121,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         if row["seeds"]:
             measured = [show(row.get(key)) for key in ("answer_before", "answer", "chain", "reward")]
-            cells = [row["task"], way(row), title(row), str(len(row["seeds"])), *measured]
+            cells = [row["task"], way(row), title(row), _seeds(row), *measured]
             lines.append("| " + " | ".join(cells) + " |")
         for failure in row["failures"]:
             lines.append(f"| {row['task']} | {way(row)} | {title(row)} | failed | {failure} | | | |")
