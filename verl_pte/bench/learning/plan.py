@@ -86,10 +86,12 @@ def _others_from_scratch(seed: int) -> Iterator[Cell]:
 
 
 def _in_verl(seed: int) -> Iterator[Cell]:
-    """On lookup, with one seed: every method through `main_ppo`."""
+    """On lookup, with one seed: every method through `main_ppo`, and one for as long as outside of it."""
     if seed == 0:
+        in_verl = AFTER_WARM | {"way": "main_ppo"}
         for method in TRAINED:
-            yield Cell("lookup", method, seed=seed, base=FULL_BASE, **AFTER_WARM | {"way": "main_ppo", "steps": 40})
+            yield Cell("lookup", method, seed=seed, base=FULL_BASE, **in_verl | {"steps": 40})
+        yield Cell("lookup", "pte", seed=seed, base=FULL_BASE, **in_verl)
 
 
 def _ways_after_warm(seed: int) -> Iterator[Cell]:
