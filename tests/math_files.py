@@ -8,6 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from verl_pte.data import PromptFormat
+
+BARE = PromptFormat("{problem}")
 STEP_BY_STEP = r"Please reason step by step, and put your final answer within \boxed{}."
 DAPO_PROMPT = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "

@@ -5,15 +5,7 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from math_files import (
-    DAPO_PROMPT,
-    STEP_BY_STEP,
-    dapo_row,
-    dapo_rows,
-    olympiad_row,
-    write_jsonl,
-    write_parquet,
-)
+from math_files import DAPO_PROMPT, STEP_BY_STEP, dapo_row, dapo_rows, olympiad_row, write_jsonl, write_parquet
 
 from verl_pte.data import FAMILIES, PromptFormat, prepare, prompt_format, read_rows
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from math_files import (
+    BARE,
     DAPO_PROMPT,
     STEP_BY_STEP,
     dapo_row,
@@ -17,8 +18,6 @@ from math_files import (
 
 from verl_pte.data import FAMILIES, SETS, PromptFormat, prepare, read_rows
 from verl_pte.data.truth import boxed, ground_truth
-
-BARE = PromptFormat("{problem}")
 
 
 def prepared_rows(name: str, source: Path, folder: Path, prompt: PromptFormat = BARE) -> list[dict]:

@@ -7,16 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from math_files import (
-    dapo_rows,
-    plain_rows,
-    write_jsonl,
-    write_parquet,
-)
+from math_files import BARE, dapo_rows, plain_rows, write_jsonl, write_parquet
 
-from verl_pte.data import PromptFormat, prepare, read_rows
-
-BARE = PromptFormat("{problem}")
+from verl_pte.data import prepare, read_rows
 
 
 def test_all_kinds_of_files_give_the_same_rows(tmp_path):

@@ -6,12 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from evaluate_run import (
-    arguments,
-    items,
-    run,
-    write_data,
-)
+from evaluate_run import arguments, items, run, write_data
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 from verl_run import make_model

@@ -60,7 +60,7 @@ def _distilled(seed: int) -> Iterator[Cell]:
 
 
 def _distilled_longer(seed: int) -> Iterator[Cell]:
-    """Twice as long, after which little is left for rewards."""
+    """Twice as long: after 400 steps PTE's answers on the kept base of lookup still rise."""
     for task in KINDS:
         for method in ("pte", "lora_c"):
             yield Cell(task, method, "distilled", seed, steps=800, base=FULL_BASE)

@@ -2,7 +2,7 @@
 
 An interval is Student's 95 % interval of the mean over seeds; with one seed there is none. It covers the choice of
 adapter, examples and samples. It does not cover the tests, which all seeds share, nor the base, which they share where
-they ran on one machine; `bases` of a row says which they had (empty: not recorded).
+they ran on one machine; `bases` of a row says which they had (empty: not recorded, and counted as one base more).
 """
 
 from collections import defaultdict
