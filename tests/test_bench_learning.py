@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 from typer.testing import CliRunner
 
 from verl_pte import RolloutEngine, SamplingParams, attach
@@ -115,16 +115,30 @@ def test_scores(kind) -> None:
     task = Task(kind)
     example = examples_of(kind)[0]
     right = example.thought
-    assert task.score(example, right) == (1.0, 1.0)
+    assert task.score(example, right) == (1.0, 1.0, False)
     assert task.score(example, right[: example.answer_start - 1]).answer == 0.0  # never answered
     wrong = list(right)
     wrong[-2] = (wrong[-2] + 1) % 10
-    assert task.score(example, wrong) == (0.75 if kind == "tracking" else 0.0, 1.0)
+    assert task.score(example, wrong) == (0.75 if kind == "tracking" else 0.0, 1.0, False)
     slip = list(right)
     slip[0] = (slip[0] + 1) % 10
     score = task.score(example, slip)
     assert score.answer == 1.0 and score.chain == pytest.approx(1 - 1 / example.answer_start)
-    assert task.score(example, []) == (0.0, 0.0)
+    assert task.score(example, []) == (0.0, 0.0, False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_that_leaves_out_work_is_worth_nothing(kind) -> None:
+    task = Task(kind)
+    example = examples_of(kind)[0]
+    facts, answer = task.lead + 2 * task.num_facts, example.thought[example.answer_start - 1 :]
+    for start in (facts, example.answer_start - 3):  # all work left out, and one step of it
+        score = task.score(example, example.thought[:start] + answer)
+        assert score.early and score.answer == 0.0
+    other_work = [0] * (example.answer_start - 1 - facts)  # what is thought meanwhile is the model's
+    score = task.score(example, example.thought[:facts] + other_work + answer)
+    assert (score.answer, score.early) == (1.0, False) and score.chain < 1
+    assert task.score(example, [*example.thought[: example.answer_start - 1], 0, *answer]).answer == 1.0  # later
 
 
 def test_bad_tasks_are_refused() -> None:
@@ -137,13 +151,16 @@ def test_bad_tasks_are_refused() -> None:
 # -- training steps --------------------------------------------------------------------------------------
 
 
-def plain_log_probs(model, prompt, response):
+def logits_of(model, prompt, response):
     logits = model(input_ids=torch.tensor([prompt + response[:-1]])).logits[0, len(prompt) - 1 :]
-    return -cross_entropy(logits, torch.tensor(response), reduction="none")
+    return logits.log_softmax(-1)
+
+
+def plain_log_probs(model, prompt, response):
+    return -cross_entropy(logits_of(model, prompt, response), torch.tensor(response), reduction="none")
 
 
 def test_supervised_gradient_is_that_of_the_cross_entropy() -> None:
-    model = small_model("lora_full")
     model = small_model("lora_full", kind="tracking")
     step = training.supervised(model, Task("tracking"), WORKS, batch=3, seed=5)
     measured = step(7)
@@ -159,13 +176,13 @@ def test_supervised_gradient_is_that_of_the_cross_entropy() -> None:
         assert torch.allclose(ours[name], gradient, atol=1e-5), name
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.5])
-def test_grpo_gradient_is_that_of_its_loss(kl) -> None:
+@pytest.mark.parametrize(("kl", "rewarded"), [(0.0, True), (0.5, True), (0.5, False)])
+def test_grpo_gradient_is_that_of_its_loss(kl, rewarded) -> None:
     task = Task("lookup")
     model = small_model("lora_full")
-    settings = training.GRPO(prompts=2, group=4, kl=kl)
+    settings = training.GRPO(prompts=2, group=4, kl=kl, rewarded=rewarded)
     # An untrained model never answers: pay for something it does by chance.
-    object.__setattr__(task, "score", lambda e, r: tasks.Score(float(sum(r) % 2), 0.0))
+    object.__setattr__(task, "score", lambda e, r: tasks.Score(float(sum(r) % 2), 0.0, False))
     step = training.grpo(model, task, WORKS, settings, seed=3)
     measured = step(1)
     ours = gradients(model)
@@ -186,7 +203,7 @@ def test_grpo_gradient_is_that_of_its_loss(kl) -> None:
     for output, advantage in zip(outputs, advantages, strict=True):
         prompt = examples[output.prompt_index].prompt
         log_probs = plain_log_probs(model, prompt, output.token_ids)
-        loss = loss - (log_probs * advantage).sum() / total
+        loss = loss - rewarded * (log_probs * advantage).sum() / total
         with torch.no_grad(), model.disable_adapter():
             base = plain_log_probs(model, prompt, output.token_ids)
         loss = loss + kl * ((base - log_probs).exp() - (base - log_probs) - 1).sum() / total
@@ -197,15 +214,21 @@ def test_grpo_gradient_is_that_of_its_loss(kl) -> None:
 
 
 def test_distilled_rollouts_serve_several_steps_and_are_the_teachers() -> None:
-    model = small_model()
+    model = small_model("lora_full")
     step = training.distilled(model, Task("lookup"), WORKS, batch=2, seed=0)
-    first, again = step(0), step(1)
-    fresh = small_model()
     for i in (0, 1):
-        fresh.zero_grad()
-        expected = training.distilled(fresh, Task("lookup"), WORKS, batch=2, seed=0)(i)
-        assert expected["loss"] == pytest.approx((first, again)[i]["loss"], rel=1e-5)
-    assert first["loss"] > 0 and first["loss"] != again["loss"]
+        examples, total, tokens = training.drawn(Task("lookup"), WORKS, 2, 0, i), 0.0, 0
+        for example in examples:
+            with torch.no_grad():
+                with model.disable_adapter():
+                    response = model.generate(
+                        torch.tensor([example.prompt]), do_sample=False, max_new_tokens=len(example.thought) + 8
+                    )[0, len(example.prompt) :].tolist()
+                    teacher = logits_of(model, example.prompt, response)
+                student = logits_of(model, example.prompt, response)
+            total += kl_div(student, teacher, log_target=True, reduction="sum").item()
+            tokens += len(response)
+        assert step(i)["loss"] == pytest.approx(total / tokens, rel=1e-4) and total > 0
 
 
 def test_optimizer_scales_the_encoders_rate_and_stops_at_bad_gradients() -> None:
@@ -257,10 +280,23 @@ def test_cells_of_other_settings_have_other_names() -> None:
     for name in {f.name for f in dataclasses.fields(Cell)} - {"base", "far"}:
         other = others.get(name, getattr(one, name) if name in others else 7)
         assert dataclasses.replace(one, **{name: other}).name != one.name, name
-    for task in KINDS:
-        for way in ("supervised", "grpo"):
-            seen = {(c.method, c.seed) for c in cells if (c.task, c.way, c.warm) == (task, way, 0) and not c.knobs}
-            assert seen >= {(m, s) for m in METHODS if m != "base" for s in range(3)}
+    assert len({cell.name for cell in cells}) == len(cells)
+
+
+def test_the_plan_trains_every_method_both_ways_with_every_seed() -> None:
+    seen = {(c.task, c.way, c.method, c.seed) for c in plan.full(3) if not c.warm and not c.knobs}
+    methods = [method for method in METHODS if method != "base"]
+    for seed in range(3):
+        assert seen >= {(task, "supervised", method, seed) for task in KINDS for method in methods}
+        assert seen >= {("lookup", "grpo", method, seed) for method in methods}
+        assert seen >= {(task, "grpo", method, seed) for task in KINDS for method in ("pte", "lora_c")}
+    assert {c.method for c in plan.full(3) if c.way == "main_ppo"} == set(methods)
+
+
+def test_lora_of_the_same_size_is_of_the_same_size() -> None:
+    pte, lora = (small_model(method, **knobs) for method, knobs in (("pte", {}), ("lora_c", {"rank": plan.SAME_SIZE})))
+    sizes = [sum(p.numel() for p in model.parameters() if p.requires_grad) for model in (pte, lora)]
+    assert sizes[0] == sizes[1]
 
 
 def test_grpo_starts_from_the_distilled_adapter(folder, monkeypatch) -> None:
@@ -271,28 +307,56 @@ def test_grpo_starts_from_the_distilled_adapter(folder, monkeypatch) -> None:
         return grpo(model, *args)
 
     monkeypatch.setattr(training, "grpo", note)
+    # The untrained base gets next to nothing right: a score that tells one adapter from another.
+    monkeypatch.setattr(Task, "score", lambda self, e, r: tasks.Score(sum(r) / 1000, 0.0, False))
     cell = small_cell(way="grpo", warm=3, steps=1, lr=0.0)
     found = run(cell, folder)
     warm = json.loads((folder / "cells" / f"{warm_cell(cell).name}.json").read_text())
+    assert warm["history"][-1]["answer"] != warm["history"][0]["answer"]
     assert found["history"][0] == warm["history"][-1] | {"step": 0}
     kept = load_file(folder / "adapters" / warm_cell(cell).name / "adapter_model.safetensors")
     assert kept.keys() == started.keys() and all(torch.equal(kept[name], started[name]) for name in kept)
 
 
-def test_failure_is_a_finding(tmp_path) -> None:
-    found = run(small_cell(base=BaseSettings(hidden_size=32, layers=1, steps=1, batch=2)), tmp_path)
-    assert found["failure"].startswith("the base did not learn lookup in 1 steps")
-    (row,) = report.summarize([found])
-    assert row["seeds"] == [] and "did not learn" in report.markdown([row])
+def test_a_base_that_does_not_learn_is_a_finding_of_its_cells_alone(folder, monkeypatch) -> None:
+    hopeless = BaseSettings(hidden_size=32, layers=1, steps=1, batch=2)
+    monkeypatch.setattr(plan, "full", lambda seeds: [small_cell(base=hopeless), small_cell(seed=1)])
+    done = CliRunner().invoke(app, ["learning", "--output", str(folder), "--jobs", "1"])
+    assert done.exit_code == 0, done.output
+    failed, _ = (run(cell, folder) for cell in plan.full(2))
+    assert failed["failure"].startswith("the base did not learn lookup in 1 steps")
+    table = (folder / "learning.md").read_text()
+    assert "| PTE | failed | the base did not learn" in table and "| PTE | 1 | " in table
 
 
-def test_summary_is_over_seeds(folder) -> None:
-    found = [run(small_cell(seed=s, way=w), folder) for s in (0, 1) for w in ("supervised", "grpo")]
+def found_as(seed, reward, way="grpo"):
+    """What a cell might have found: answers that end at a tenth of its seed; a reward for each block of steps."""
+    cell = dataclasses.asdict(small_cell(seed=seed, way=way))
+    answers = {"answer": 0.0, "chain": 1.0, "early": 0.0}, {"answer": seed / 10, "chain": 0.5, "early": seed / 4}
+    return {
+        "cell": cell,
+        "base_digest": "one",
+        "full_base": {"answer": 1.0, "chain": 1.0},
+        "window_base": {"answer": 0.0, "chain": 0.0},
+        "history": [{"step": 0, **answers[0]}, {"step": 9, **answers[1]}],
+        "far": [],
+        "curve": [{"reward": r} if way == "grpo" else {"loss": r} for r in reward],
+    }
+
+
+def test_summary_is_over_seeds() -> None:
+    rewards = [0.0] * 6 + [0.4] * 4  # the last 20 steps are four blocks of five
+    found = [found_as(1, rewards), found_as(3, [r / 2 for r in rewards]), found_as(1, [1.0], way="supervised")]
     rows = {row["way"]: row for row in report.summarize(found)}
-    answers = [c["history"][-1]["answer"] for c in found if c["cell"]["way"] == "grpo"]
-    assert rows["grpo"]["seeds"] == [0, 1]
-    assert rows["grpo"]["answer"]["mean"] == pytest.approx(sum(answers) / 2)
-    assert rows["grpo"]["reward"] is not None and "reward" not in rows["supervised"]
+    assert rows["grpo"]["seeds"] == [1, 3] and rows["supervised"]["seeds"] == [1]
+    assert rows["grpo"]["answer"] == {"mean": pytest.approx(0.2), "half": pytest.approx(12.71 * 0.1)}
+    assert rows["grpo"]["reward"]["mean"] == pytest.approx(0.3) and "reward" not in rows["supervised"]
+    assert rows["grpo"]["early"] == pytest.approx(0.5) and rows["grpo"]["mismatch_max"] is None
+    assert rows["grpo"]["rewards"][5:7] == [0.0, pytest.approx(0.3)]
+    older = json.loads(json.dumps(found[0]))  # a cell of before there were these
+    del older["cell"]["rewarded"], older["history"][1]["early"]
+    (row,) = report.summarize([older, found[1]])
+    assert row["seeds"] == [1, 3] and row["early"] is None and " | - | 0.500 " in report.markdown([row])
 
 
 def test_report_says_where_seeds_have_different_bases(folder) -> None:
@@ -319,7 +383,7 @@ def test_accuracy_with_the_full_schedule_keeps_everything() -> None:
 def test_command_reports_what_is_there(folder, monkeypatch) -> None:
     cells = [small_cell(method=m, seed=s) for m in ("pte", "lora_c") for s in (0, 1)]
     cells.append(small_cell(knobs={"window": 8, "block_size": 2}))
-    monkeypatch.setattr(plan, "full", lambda seeds: cells)
+    monkeypatch.setattr(plan, "full", lambda seeds: [cell for cell in cells if cell.seed < seeds])
     done = CliRunner().invoke(app, ["learning", "--output", str(folder), "--jobs", "1"])
     assert done.exit_code == 0, done.output
     content = json.loads((folder / "learning.json").read_text())
@@ -331,6 +395,34 @@ def test_command_reports_what_is_there(folder, monkeypatch) -> None:
     assert {knob: [plots._value(row, knob) for row in rows] for knob, rows in swept.items()} == {"window": [8, 16, 16]}
     bad = CliRunner().invoke(app, ["learning", "--only", "nothing", "--output", str(folder)])
     assert bad.exit_code == 2 and "--only nothing: no cell has this in its name" in bad.output
+    for more in (["--only", "lora_c"], ["--seeds", "1"]):  # run a part: the report is of all that is there
+        done = CliRunner().invoke(app, ["learning", "--output", str(folder), "--jobs", "1", *more])
+        assert done.exit_code == 0, done.output
+        assert json.loads((folder / "learning.json").read_text())["rows"] == content["rows"]
+
+
+def test_further_tests_that_a_cell_lacks_are_made(folder, monkeypatch) -> None:
+    run(small_cell(), folder)
+    cells = [small_cell(far=(24,)), small_cell(far=(24,), seed=1)]
+    monkeypatch.setattr(plan, "full", lambda seeds: cells)
+    done = CliRunner().invoke(app, ["learning", "--output", str(folder), "--jobs", "1"])
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads((folder / "learning.json").read_text())["rows"]
+    assert row["seeds"] == [0, 1] and [at["work"] for at in row["far"]] == [24]
+
+
+def test_quick_takes_no_part_of_the_full_report(tmp_path) -> None:
+    for option in (["--only", "pte"], ["--seeds", "2"]):
+        done = CliRunner().invoke(app, ["learning", "--quick", "--output", str(tmp_path), *option])
+        assert done.exit_code == 2 and "it takes neither --seeds nor --only" in done.output
+
+
+def test_an_adapter_of_another_base_is_not_gone_on_with(folder) -> None:
+    run(warm_cell(cell := small_cell(way="grpo", warm=2)), folder)
+    other = untrained(Task("lookup"), dataclasses.replace(SMALL, seed=7))
+    other.save_pretrained(base_path(Task("lookup"), SMALL, folder / "bases"))
+    with pytest.raises(RuntimeError, match="is of another base than .*: remove its cell and adapter"):
+        run(cell, folder)
 
 
 def test_errors_of_the_machine_are_no_findings(folder, monkeypatch) -> None:

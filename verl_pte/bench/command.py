@@ -36,11 +36,13 @@ def reported_errors() -> Iterator[None]:
 
 
 def draw_if_possible(path: Path, draw: Callable[[Path], Any]) -> str:
-    """Draw the plot if matplotlib is there, which the benchmarks do without; says what came of it."""
+    """Draw the plot if matplotlib is there, which the benchmarks do without; says what came of it.
+
+    A `draw` that may find nothing to show returns the files it wrote.
+    """
     if find_spec("matplotlib") is None:
         return "no plot, which needs matplotlib: pip install 'verl-pte[docs]'"
-    draw(path)
-    return f"plot: {path}"
+    return "nothing to plot yet" if draw(path) == [] else f"plot: {path}"
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this package is in, with `-dirty` if it has been changed; None if it is in none."""
+    """The commit of the checkout this package is in, with `-dirty` if the package differs from it; None if in none."""
     package = Path(verl_pte.__file__).parent
 
     def git(*command: str) -> str | None:
@@ -49,4 +49,5 @@ def commit() -> str | None:
 
     if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
-    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    changed = git("status", "--porcelain", "--", ".")  # of the package alone: benchmarks write results beside it
+    return f"{git('rev-parse', 'HEAD')}{'-dirty' if changed else ''}"

@@ -49,11 +49,22 @@ class TrainingFailure(RuntimeError):
 
 
 def trained_base(task: Task, settings: BaseSettings, folder: Path, progress: Any = None) -> PreTrainedModel:
-    """The base of these settings, from `folder` if it is there. Raises TrainingFailure if it is not solved."""
+    """The base of these settings, from `folder` if it is there.
+
+    Raises TrainingFailure if it does not learn its task; a note of that is kept in its place, until it is removed.
+    """
     path = base_path(task, settings, folder)
+    failure = path.with_suffix(".failure")
+    if failure.exists():
+        raise TrainingFailure(failure.read_text())
     if not (path / "config.json").exists():
         model = untrained(task, settings)
-        _train(model, task, settings, progress or (lambda text, done: None))
+        try:
+            _train(model, task, settings, progress or (lambda text, done: None))
+        except TrainingFailure as error:
+            failure.parent.mkdir(parents=True, exist_ok=True)
+            failure.write_text(str(error))
+            raise
         scratch = path.with_suffix(".partial")
         model.save_pretrained(scratch)
         scratch.rename(path)

@@ -44,7 +44,7 @@ class Cell:
         warm: optimizer steps of distillation that come before GRPO; 0 is from scratch.
         steps, lr, cosine, encoder_lr: of the optimizer, see training.Optimization.
         batch: examples a step, for supervised and distilled.
-        kl, full_reference: see training.GRPO.
+        kl, full_reference, rewarded: see training.GRPO.
         works: work steps of the examples trained and tested on.
         far: work steps of further tests after training, far beyond those.
         knobs: PTE settings that differ from the method's.
@@ -63,6 +63,7 @@ class Cell:
     batch: int = 32
     kl: float = 0.0
     full_reference: bool = True
+    rewarded: bool = True
     works: tuple[int, int] = (10, 20)
     far: tuple[int, ...] = ()
     tests: int = 256
@@ -71,10 +72,11 @@ class Cell:
 
     def __post_init__(self) -> None:
         assert self.way in WAYS and self.method in METHODS, (self.way, self.method)
+        assert self.rewarded or self.way == "grpo", "verl has no switch for it"
 
     @property
     def name(self) -> str:
-        """Of its file: whatever differs from the defaults, but for the base."""
+        """Of its file: whatever differs from the defaults, but for the base and further tests."""
         parts = [self.task, self.way, self.method]
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
@@ -85,15 +87,25 @@ class Cell:
         return ".".join([*parts, f"seed={self.seed}"])
 
 
+def on_file(cell: Cell, folder: Path) -> dict[str, Any] | None:
+    """What a cell found when it ran before, with all tests it asks for."""
+    path = folder / "cells" / f"{cell.name}.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    tested = {at["work"] for at in found.get("far", ())}
+    return found if "failure" in found or tested >= set(cell.far) else None
+
+
 def run(cell: Cell, folder: Path, progress: Any = None) -> dict[str, Any]:
     """What a cell found, from its file if it is there.
 
     `progress` is told what is being done and how many optimizer steps were. Training that fails (gradients that are not
     finite, a base that did not learn) is a finding too: the file says so. Other errors leave no file.
     """
+    if (known := on_file(cell, folder)) is not None:
+        return known
     path = folder / "cells" / f"{cell.name}.json"
-    if path.exists():
-        return json.loads(path.read_text())
     tell = progress or (lambda text, done: None)
     torch.set_num_threads(1)
     start = time.perf_counter()
@@ -168,7 +180,7 @@ def _by_blocks(curve: list[dict[str, float]]) -> list[dict[str, float]]:
     return [
         {
             key: max(values) if key == "mismatch" else sum(values) / len(values)
-            for key in block[0]
+            for key in dict.fromkeys(key for step in block for key in step)
             if (values := [step[key] for step in block if key in step])
         }
         for block in blocks
@@ -180,7 +192,7 @@ def _step(cell: Cell, model: nn.Module, task: Task) -> training.Step:
         return training.supervised(model, task, cell.works, cell.batch, cell.seed)
     if cell.way == "distilled":
         return training.distilled(model, task, cell.works, cell.batch, cell.seed)
-    settings = training.GRPO(kl=cell.kl, full_reference=cell.full_reference)
+    settings = training.GRPO(kl=cell.kl, full_reference=cell.full_reference, rewarded=cell.rewarded)
     return training.grpo(model, task, cell.works, settings, cell.seed)
 
 
@@ -207,8 +219,11 @@ def _warm_adapter(cell: Cell, folder: Path, tell: Any) -> Path:
     """Folder of the distilled adapter a GRPO cell starts from, trained first if it is not there."""
     warm = warm_cell(cell)
     path = folder / "adapters" / warm.name
+    known, base = on_file(warm, folder), base_digest(Task(cell.task), cell.base, folder / "bases")
+    if known is not None and known.get("base_digest", base) != base:
+        raise RuntimeError(f"{warm.name} is of another base than {folder / 'bases'} has: remove its cell and adapter")
     if not (path / "adapter_model.safetensors").exists():
-        if (folder / "cells" / f"{warm.name}.json").exists():  # of an earlier run whose adapters are gone
+        if known is not None:  # of an earlier run whose adapters are gone
             _train(warm, folder, tell)
         else:
             run(warm, folder, tell)

@@ -9,21 +9,22 @@ import typer
 from rich.console import Console
 
 from verl_pte.bench import machine
-from verl_pte.bench.command import draw_if_possible, print_json
+from verl_pte.bench.command import draw_if_possible, print_json, reported_errors
 from verl_pte.bench.learning import plan, plots, report
-from verl_pte.bench.learning.cells import Cell
+from verl_pte.bench.learning.cells import Cell, on_file
 from verl_pte.bench.learning.pool import run_all
 from verl_pte.bench.learning.report import MAX_SEEDS
 
 WINDOW = 16  # of all cells but a sweep's
+_SEEDS = 3
 
 
 def learning_command(
     quick: Annotated[
         bool, typer.Option("--quick", help="One task, one seed: PTE, LoRA_c and Global-Only, supervised.")
     ] = False,
-    seeds: Annotated[int, typer.Option(help="Of the full report.")] = 3,
-    only: Annotated[str, typer.Option(help="Of the full report: cells whose name contains this.")] = "",
+    seeds: Annotated[int | None, typer.Option(help="Of the full report. Default: 3.", show_default=False)] = None,
+    only: Annotated[str, typer.Option(help="Of the full report: run the cells whose name contains this.")] = "",
     jobs: Annotated[int, typer.Option(help="Processes, of one thread each.")] = 2,
     minutes: Annotated[float | None, typer.Option(help="Begin no cell after this long. Default: no limit.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("outputs/bench/learning"),
@@ -31,24 +32,24 @@ def learning_command(
     """Answer accuracy under a window, by method: small models, generated tasks, this package's engine and learner.
 
     Cells that OUTPUT already holds are not run again, so an interrupted report goes on where it was. Writes
-    learning.json, learning.md and plots. With --quick the last line printed is one JSON object.
+    learning.json, learning.md and plots, of all cells of the plan that OUTPUT holds. With --quick the last line printed
+    is one JSON object.
     """
-    if not 1 <= seeds <= MAX_SEEDS or jobs < 1:
-        typer.echo(f"error: --seeds {seeds}, --jobs {jobs}: must be 1 to {MAX_SEEDS}, and at least 1", err=True)
-        raise typer.Exit(2)
-    cells = plan.quick() if quick else [c for c in plan.full(seeds) if only in c.name]
-    if not cells:
-        typer.echo(f"error: --only {only}: no cell has this in its name", err=True)
-        raise typer.Exit(2)
+    with reported_errors():
+        if quick and (seeds is not None or only):
+            raise ValueError("--quick is one task with one seed: it takes neither --seeds nor --only")
+        seeds = _SEEDS if seeds is None else seeds
+        if not 1 <= seeds <= MAX_SEEDS or jobs < 1:
+            raise ValueError(f"--seeds {seeds}, --jobs {jobs}: must be 1 to {MAX_SEEDS}, and at least 1")
+        planned = plan.quick() if quick else plan.full(seeds)
+        cells = [cell for cell in planned if only in cell.name]
+        if not cells:
+            raise ValueError(f"--only {only}: no cell has this in its name")
     folder = output / "quick" if quick else output
     folder.mkdir(parents=True, exist_ok=True)
     console, start = Console(stderr=quick), time.perf_counter()
-    try:
-        found = run_all(cells, folder, jobs, console, minutes)
-    except RuntimeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
-    write(found, cells, folder, console)
+    found = run_all(cells, folder, jobs, console, minutes)
+    write(planned if quick else plan.full(MAX_SEEDS), planned, folder, console)
     if quick and len(found) < len(cells):
         typer.echo(f"error: {len(cells) - len(found)} of {len(cells)} cells are missing: run it again", err=True)
         raise typer.Exit(1)
@@ -56,14 +57,17 @@ def learning_command(
         print_json(_verdict(found) | {"seconds": round(time.perf_counter() - start)})
 
 
-def write(found: list[dict[str, Any]], cells: list[Cell], folder: Path, console: Console) -> None:
-    """The report of what was found."""
+def write(reported: list[Cell], planned: list[Cell], folder: Path, console: Console) -> None:
+    """The report of what the folder holds of `reported`, and how much of `planned` that is."""
+    held = [(cell.name, known) for cell in reported if (known := on_file(cell, folder)) is not None]
+    found, names = [known for _, known in held], {name for name, _ in held}
+    done = sum(cell.name in names for cell in planned)
     rows = report.summarize(found)
     content = {
         "machine": machine.hardware(),
         "versions": machine.versions(),
         "commits": sorted({str(cell["commit"]) for cell in found}),
-        "cells": {"planned": len(cells), "done": len(found)},
+        "cells": {"planned": len(planned), "done": done},
         "base": found[0]["cell"]["base"] if found else None,
         "rows": rows,
     }
@@ -71,8 +75,8 @@ def write(found: list[dict[str, Any]], cells: list[Cell], folder: Path, console:
     (folder / "learning.md").write_text(report.markdown(rows))
     plot = draw_if_possible(folder, lambda path: plots.draw(rows, WINDOW, path))
     console.print(report.table(rows))
-    missing = len(cells) - len(found)
-    ending = f"; {missing} cells are missing, run it again" if missing else ""
+    missing = len(planned) - done
+    ending = f"; {missing} of {len(planned)} cells are missing, run it again" if missing else ""
     console.print(f"report: {folder}   {plot}{ending}", soft_wrap=True, markup=False)
 
 

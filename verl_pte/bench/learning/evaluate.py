@@ -19,6 +19,7 @@ class Accuracy(NamedTuple):
 
     answer: float
     chain: float
+    early: float
 
 
 def test_examples(task: Task, works: tuple[int, int], count: int) -> list[Example]:

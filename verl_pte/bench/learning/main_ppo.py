@@ -24,7 +24,12 @@ from verl_pte.config import PTEConfig
 # Recipes are of a checkout, not of the installed package.
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 _TAIL = 4000  # characters of a failed run's output
-_CURVE = {"critic/score/mean": "reward", "pte/mismatch_max": "mismatch", "actor/grad_norm": "grad_norm"}
+_CURVE = {
+    "critic/score/mean": "reward",
+    "response_length/mean": "length",
+    "pte/mismatch_max": "mismatch",
+    "actor/grad_norm": "grad_norm",
+}
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ AFTER_WARM: dict[str, Any] = {"way": "grpo", "warm": 400, "steps": 150, "lr": 1e
 # With a third of this rate nothing moved in 150 steps; see `_ways_from_scratch` for what else is tried.
 FROM_SCRATCH: dict[str, Any] = {"way": "grpo", "steps": 200, "lr": 3e-3, "cosine": False, "kl": 0.1}
 WINDOWS = (32, 48)
-# Beside the methods' own: a quarter, 16 and 0.3.
-FRACTIONS = (0.0625, 0.125, 0.5)
+# Beside the methods' own: 16 and 0.3; and a quarter, which is theirs in blocks of four tokens, where these are of one.
+FRACTIONS = (0.0625, 0.125, 0.25, 0.5)
 RANKS = (4, 8, 32)
 STRENGTHS = (0.1, 1.0)
+SAME_SIZE = 20  # the rank at which LoRA_c has as many trained parameters as PTE
 
 
 def quick() -> list[Cell]:
@@ -34,35 +35,45 @@ def quick() -> list[Cell]:
 
 
 def full(seeds: int) -> list[Cell]:
-    """Everything, one part after the other, all seeds of a part together; of sweeps and other ways the first seed comes
-    before, and the others after, GRPO from scratch.
-    """
-    every, first, others = range(seeds), range(1), range(1, seeds)
-    compared = (_supervised, _distilled, _after_warm, _distilled_longer, _in_verl)
-    varied = (_sweeps, _ways_after_warm, _ways_from_scratch)
-    scratch = (_from_scratch, _others_from_scratch)
-    order = ((compared, every), (varied, first), (scratch, every), (varied, others))
-    cells = (cell for parts, chosen in order for part in parts for seed in chosen for cell in part(seed))
+    """Everything, one part after the other, all seeds of a part together. Other ways to train have one seed."""
+    every, first = range(seeds), range(1)
+    order = (
+        (_distilled, every),
+        (_after_warm, every),
+        (_kl_alone, every),
+        (_supervised, every),
+        (_sweeps, first),
+        (_distilled_longer, every),
+        (_in_verl, first),
+        (_from_scratch, every),
+        (_sweeps, every),
+        (_ways_after_warm, first),
+        (_ways_from_scratch, first),
+    )
+    cells = (cell for part, chosen in order for seed in chosen for cell in part(seed))
     return list({cell.name: cell for cell in cells}.values())  # sweeps meet the methods' own cells
 
 
 def _supervised(seed: int) -> Iterator[Cell]:
-    for task in KINDS:
-        for method in METHODS:
-            cell = Cell(task, method, "supervised", seed, base=FULL_BASE)
-            yield replace(cell, far=FAR) if method in TESTED_FAR else cell
+    methods = METHODS if seed == 0 else TRAINED  # a seed is nothing to what is not trained
+    for further in (True, False):
+        for task in KINDS:
+            for method in methods:
+                cell = Cell(task, method, "supervised", seed, base=FULL_BASE)
+                if (method in TESTED_FAR) == further:
+                    yield replace(cell, far=FAR) if further else cell
 
 
 def _distilled(seed: int) -> Iterator[Cell]:
     for task in KINDS:
         for method in WARMED:
-            yield Cell(task, method, "distilled", seed, far=FAR if method == "pte" else (), base=FULL_BASE)
+            yield Cell(task, method, "distilled", seed, far=FAR if method in TESTED_FAR else (), base=FULL_BASE)
 
 
 def _distilled_longer(seed: int) -> Iterator[Cell]:
     """Twice as long: after 400 steps PTE's answers on the kept base of lookup still rise."""
     for task in KINDS:
-        for method in ("pte", "lora_c"):
+        for method in ("pte", "lora_c") if seed == 0 else ("pte",):
             yield Cell(task, method, "distilled", seed, steps=800, base=FULL_BASE)
 
 
@@ -72,26 +83,25 @@ def _after_warm(seed: int) -> Iterator[Cell]:
             yield Cell(task, method, seed=seed, base=FULL_BASE, **AFTER_WARM)
 
 
+def _kl_alone(seed: int) -> Iterator[Cell]:
+    """What the KL to the full-cache base does without any reward: it distils too, on the model's own samples."""
+    for task in KINDS:
+        yield Cell(task, "pte", seed=seed, base=FULL_BASE, **AFTER_WARM, rewarded=False)
+
+
 def _from_scratch(seed: int) -> Iterator[Cell]:
+    """All methods on lookup; where PTE itself does not learn, nothing is expected of its parts on the others."""
     for task in KINDS:
         for method in TRAINED if task == "lookup" else ("pte", "lora_c"):
             yield Cell(task, method, seed=seed, base=FULL_BASE, **FROM_SCRATCH)
 
 
-def _others_from_scratch(seed: int) -> Iterator[Cell]:
-    """What `_from_scratch` leaves out: long, and nothing is expected where PTE itself does not learn."""
-    for task in KINDS[1:]:
-        for method in TRAINED:
-            yield Cell(task, method, seed=seed, base=FULL_BASE, **FROM_SCRATCH)
-
-
 def _in_verl(seed: int) -> Iterator[Cell]:
-    """On lookup, with one seed: every method through `main_ppo`, and one for as long as outside of it."""
-    if seed == 0:
-        in_verl = AFTER_WARM | {"way": "main_ppo"}
-        for method in TRAINED:
-            yield Cell("lookup", method, seed=seed, base=FULL_BASE, **in_verl | {"steps": 40})
-        yield Cell("lookup", "pte", seed=seed, base=FULL_BASE, **in_verl)
+    """On lookup: every method through `main_ppo`, and PTE for as long as outside of it."""
+    in_verl = AFTER_WARM | {"way": "main_ppo"}
+    for method in TRAINED:
+        yield Cell("lookup", method, seed=seed, base=FULL_BASE, **in_verl | {"steps": 40})
+    yield Cell("lookup", "pte", seed=seed, base=FULL_BASE, **in_verl)
 
 
 def _ways_after_warm(seed: int) -> Iterator[Cell]:
@@ -125,5 +135,6 @@ def _sweeps(seed: int) -> Iterator[Cell]:
         yield replace(pte, knobs={"evict_fraction": fraction, "block_size": 1})
     for rank in RANKS:
         yield replace(pte, knobs={"rank": rank, "alpha": 2.0 * rank})
+    yield replace(pte, method="lora_c", knobs={"rank": SAME_SIZE, "alpha": 2.0 * SAME_SIZE})
     for strength in STRENGTHS:
         yield replace(pte, knobs={"update_strength": strength})

@@ -17,7 +17,7 @@ _COLORS = dict(zip(METHODS, [f"C{i}" for i in range(len(METHODS))], strict=True)
 
 
 def draw(rows: Sequence[dict[str, Any]], window: int, folder: Path) -> list[Path]:
-    """Write the plots there is something to show in."""
+    """Write the plots there is something to show in, and remove others of an earlier report."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,7 +32,9 @@ def draw(rows: Sequence[dict[str, Any]], window: int, folder: Path) -> list[Path
         "sweeps": _sweeps(rows),
     }
     for name, panels in figures.items():
+        path = folder / f"learning_{name}.png"
         if not panels:
+            path.unlink(missing_ok=True)
             continue
         columns = min(len(panels), _COLUMNS)
         lines = -(-len(panels) // columns)
@@ -44,7 +46,6 @@ def draw(rows: Sequence[dict[str, Any]], window: int, folder: Path) -> list[Path
             _PANELS[name](axis, members, window)
             axis.set_title("\n".join(textwrap.wrap(heading, 44)), fontsize=9)
             axis.grid(alpha=0.3)
-        path = folder / f"learning_{name}.png"
         figure.savefig(path, dpi=110)
         plt.close(figure)
         written.append(path)
@@ -61,8 +62,8 @@ def _methods(rows: Sequence[dict[str, Any]]) -> dict[str, list]:
 def _distance(rows: Sequence[dict[str, Any]]) -> dict[str, list]:
     panels: dict[str, list] = {}
     for row in rows:
-        if row["far"] and row["way"] == "supervised":
-            panels.setdefault(row["task"], []).append(row)
+        if row["far"]:
+            panels.setdefault(f"{row['task']}: {way(row)}", []).append(row)
     return panels
 
 

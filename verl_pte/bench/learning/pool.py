@@ -3,6 +3,7 @@
 Bases come first, since all cells of a task share one. Interrupted, it goes on with what is missing the next time.
 """
 
+import contextlib
 import multiprocessing
 import os
 import queue
@@ -15,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from verl_pte.bench.learning.base import trained_base
-from verl_pte.bench.learning.cells import Cell, run
+from verl_pte.bench.learning.base import TrainingFailure, trained_base
+from verl_pte.bench.learning.cells import Cell, on_file, run
 from verl_pte.bench.learning.tasks import Task
 
 _messages: Any = None  # in a worker: where it says what it does
@@ -27,9 +28,9 @@ def run_all(
 ) -> list[dict[str, Any]]:
     """What the cells found, in their order, without those that `minutes` left no time for.
 
-    Raises TrainingFailure if a base does not learn its task. Of other errors the console is told, and the rest goes on.
+    Of errors that are no findings the console is told, and the rest goes on.
     """
-    done = [cell for cell in cells if (folder / "cells" / f"{cell.name}.json").exists()]
+    done = [cell for cell in cells if on_file(cell, folder) is not None]
     context = multiprocessing.get_context("spawn")
     end = None if minutes is None else time.monotonic() + 60 * minutes
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, before they start
@@ -77,7 +78,7 @@ def run_all(
         bases = {(cell.task, cell.base): cell for cell in missing}
         drain([(_base, (cell, folder)) for cell in bases.values()], lambda error: None)
         drain([(_cell, (cell, folder)) for cell in missing], end_cell)
-    return [run(c, folder) for c in cells if (folder / "cells" / f"{c.name}.json").exists()]
+    return [known for cell in cells if (known := on_file(cell, folder)) is not None]
 
 
 def _start(messages: Any) -> None:
@@ -96,7 +97,8 @@ def _base(cell: Cell, folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    trained_base(Task(cell.task), cell.base, folder / "bases", _tell)
+    with contextlib.suppress(TrainingFailure):  # a finding of each cell that asks for this base
+        trained_base(Task(cell.task), cell.base, folder / "bases", _tell)
 
 
 def _cell(cell: Cell, folder: Path) -> str | None:

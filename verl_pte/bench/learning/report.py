@@ -5,6 +5,7 @@ adapter, examples and samples. It does not cover the tests, which all seeds shar
 they ran on one machine; `bases` of a row says which they had (empty: not recorded, and counted as one base more).
 """
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from statistics import mean, stdev
@@ -13,12 +14,14 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from verl_pte.bench.learning.cells import BLOCK
+from verl_pte.bench.learning.cells import BLOCK, Cell
 from verl_pte.bench.learning.methods import METHODS
 
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by number of seeds
 MAX_SEEDS = max(_T95)
-_KEYS = ("task", "way", "method", "warm", "steps", "lr", "cosine", "encoder_lr", "kl", "full_reference", "knobs")
+_TRAINING = ("way", "warm", "steps", "lr", "cosine", "encoder_lr", "kl", "full_reference", "rewarded")
+_KEYS = ("task", "method", "knobs", *_TRAINING)
+_DEFAULTS = {f.name: f.default for f in dataclasses.fields(Cell)}  # of settings that were no settings yet
 WAYS = {"supervised": "supervised", "distilled": "warm start", "grpo": "GRPO", "main_ppo": "GRPO in verl"}
 
 
@@ -26,11 +29,11 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each group of cells that differ in their seed alone."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for cell in found:
-        groups[str([cell["cell"][key] for key in _KEYS])].append(cell)
+        groups[str([_setting(cell, key) for key in _KEYS])].append(cell)
     rows = []
     for cells in groups.values():
         good = [c for c in cells if "failure" not in c]
-        row = {key: cells[0]["cell"][key] for key in _KEYS} | {
+        row = {key: _setting(cells[0], key) for key in _KEYS} | {
             "seeds": sorted(c["cell"]["seed"] for c in good),
             "failures": [c["failure"] for c in cells if "failure" in c],
             "bases": sorted({c.get("base_digest") or "" for c in good}),
@@ -39,14 +42,17 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             for key in ("answer", "chain"):
                 row[f"{key}_before"] = interval([c["history"][0][key] for c in good])
                 row[key] = interval([c["history"][-1][key] for c in good])
-                row[f"full_base_{key}"] = good[0]["full_base"][key]
-                row[f"window_base_{key}"] = good[0]["window_base"][key]
+                row[f"full_base_{key}"] = mean(c["full_base"][key] for c in good)
+                row[f"window_base_{key}"] = mean(c["window_base"][key] for c in good)
+            last = [c["history"][-1].get("early") for c in good]
+            row["early"] = None if None in last else mean(last)
             row["history"] = [
                 {"step": at[0]["step"], "answer": interval([h["answer"] for h in at])}
                 for at in zip(*(c["history"] for c in good), strict=True)
             ]
             row["far"] = [
-                {key: at[0][key] for key in ("work", "thought_length", "full_base_answer")}
+                {key: at[0][key] for key in ("work", "thought_length")}
+                | {"full_base_answer": mean(h["full_base_answer"] for h in at)}
                 | {key: interval([h[key] for h in at]) for key in ("answer", "chain")}
                 for at in zip(*(c["far"] for c in good), strict=True)
             ]
@@ -54,9 +60,15 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 curves = [[step["reward"] for step in c["curve"]] for c in good]
                 row["reward"] = interval([mean(c[-20 // BLOCK :]) for c in curves])
                 row["rewards"] = [mean(at) for at in zip(*curves, strict=True)]
-                row["mismatch_max"] = max(step.get("mismatch", 0.0) for c in good for step in c["curve"])
+                row["lengths"] = [[c["curve"][i].get("length") for i in (0, -1)] for c in good]  # first and last block
+                measured = [step["mismatch"] for c in good for step in c["curve"] if "mismatch" in step]
+                row["mismatch_max"] = max(measured, default=None)
         rows.append(row)
     return rows
+
+
+def _setting(found: dict[str, Any], key: str) -> Any:
+    return found["cell"].get(key, _DEFAULTS[key])
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:
@@ -90,7 +102,19 @@ def way(row: dict[str, Any]) -> str:
         parts.append(f"encoder's {row['encoder_lr']:g} times")
     if row["kl"]:
         parts.append(f"KL {row['kl']:g}" + ("" if row["full_reference"] else " to the base under the window"))
+    if not row["rewarded"]:
+        parts.append("no reward")
     return ", ".join(parts)
+
+
+_COLUMNS = ("seeds", "before", "answer", "early", "chain", "reward")
+
+
+def _measured(row: dict[str, Any]) -> list[str]:
+    """A row's columns; `early`, the share of answers that came before the work was done, older cells did not record."""
+    early = "-" if row["early"] is None else f"{row['early']:.3f}"
+    before, answer, chain, reward = (show(row.get(key)) for key in ("answer_before", "answer", "chain", "reward"))
+    return [_seeds(row), before, answer, early, chain, reward]
 
 
 def _seeds(row: dict[str, Any]) -> str:
@@ -101,28 +125,22 @@ def _seeds(row: dict[str, Any]) -> str:
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     """For the terminal."""
     out = Table(caption="Greedy answers under the method's window; ±: 95 % interval over seeds.", box=box.SIMPLE_HEAD)
-    for name in ("task", "training", "method", "seeds", "before", "answer", "chain", "reward"):
+    for name in ("task", "training", "method", *_COLUMNS):
         out.add_column(name, justify="left" if name in ("task", "training", "method") else "right")
     for row in rows:
         if row["failures"]:
-            out.add_row(row["task"], way(row), title(row), f"{len(row['failures'])} failed", "", "", "", "")
+            out.add_row(row["task"], way(row), title(row), f"{len(row['failures'])} failed")
         if row["seeds"]:
-            measured = [show(row.get(key)) for key in ("answer_before", "answer", "chain", "reward")]
-            out.add_row(row["task"], way(row), title(row), _seeds(row), *measured)
+            out.add_row(row["task"], way(row), title(row), *_measured(row))
     return out
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The same table for a document."""
-    lines = [
-        "| task | training | method | seeds | before | answer | chain | reward |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = [f"| {' | '.join(('task', 'training', 'method', *_COLUMNS))} |", "|---" * (3 + len(_COLUMNS)) + "|"]
     for row in rows:
         if row["seeds"]:
-            measured = [show(row.get(key)) for key in ("answer_before", "answer", "chain", "reward")]
-            cells = [row["task"], way(row), title(row), _seeds(row), *measured]
-            lines.append("| " + " | ".join(cells) + " |")
+            lines.append("| " + " | ".join([row["task"], way(row), title(row), *_measured(row)]) + " |")
         for failure in row["failures"]:
-            lines.append(f"| {row['task']} | {way(row)} | {title(row)} | failed | {failure} | | | |")
+            lines.append(f"| {row['task']} | {way(row)} | {title(row)} | failed | {failure}" + " |" * len(_COLUMNS))
     return "\n".join(lines) + "\n"

@@ -46,8 +46,9 @@ class Example(NamedTuple):
 class Score(NamedTuple):
     """Of one response."""
 
-    answer: float  # share of the answer's values that are right; 0 or 1 but for tracking
+    answer: float  # share of the answer's values that are right, 0 or 1 but for tracking; 0 if it came early
     chain: float  # share of the right thought's tokens before the answer found at their places
+    early: bool  # it answered sooner than the work can be done
 
 
 @dataclass(frozen=True)
@@ -93,15 +94,21 @@ class Task:
         return [self._example(work, generator) for work in works]
 
     def score(self, example: Example, response: Sequence[int]) -> Score:
-        """What a response is worth. Anything may be in it."""
+        """What a response is worth. Anything may be in it.
+
+        An early answer is worth nothing: to leave out the work while the facts are still in sight would be the shortest
+        way to a reward, and GRPO from scratch finds it.
+        """
         found = list(response)
         right = example.thought[: example.answer_start]
         chain = sum(a == b for a, b in zip(right, found, strict=False)) / len(right)
         wanted = example.thought[example.answer_start : -1]
-        given = found[found.index(ANS) + 1 :] if ANS in found else []
+        start = found.index(ANS) + 1 if ANS in found else len(found)
+        early = ANS in found and start < example.answer_start
+        given = [] if early else found[start:]
         hits = [given[i : i + 2] == wanted[i : i + 2] for i in range(0, len(wanted), 2)]
         graded = hits[-1:] if self.kind == "arithmetic" else hits  # the sum, not what it was made from
-        return Score(sum(graded) / len(graded), chain)
+        return Score(sum(graded) / len(graded), chain, early)
 
     def _example(self, work: int, generator: torch.Generator) -> Example:
         assert 0 <= work <= self.max_work

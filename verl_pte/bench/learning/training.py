@@ -131,12 +131,14 @@ class GRPO:
         prompts, group: per step; `group` responses each.
         kl: coefficient of verl's `low_var_kl` to the base on the sampled tokens.
         full_reference: the base has its full cache (`reference_cache: full`).
+        rewarded: without, the KL alone is left: distillation on the model's own samples.
     """
 
     prompts: int = 16
     group: int = 8
     kl: float = 0.0
     full_reference: bool = True
+    rewarded: bool = True
 
 
 def grpo(model: nn.Module, task: Task, works: tuple[int, int], settings: GRPO, seed: int) -> Step:
@@ -160,12 +162,13 @@ def grpo(model: nn.Module, task: Task, works: tuple[int, int], settings: GRPO, s
         scores = [task.score(examples[o.prompt_index], o.token_ids) for o in outputs]
         rewards_PG = torch.tensor([s.answer for s in scores]).view(settings.prompts, settings.group)
         advantages = (rewards_PG - rewards_PG.mean(1, keepdim=True)) / (rewards_PG.std(1, keepdim=True) + 1e-6)
-        advantages_B = advantages.flatten()
+        advantages_B = advantages.flatten() * settings.rewarded
         # Without a KL what has no advantage has no gradient either.
         used = [b for b in range(len(outputs)) if settings.kl or advantages_B[b] != 0]
         measured = {
             "reward": float(rewards_PG.mean()),
             "chain": sum(s.chain for s in scores) / len(scores),
+            "early": sum(s.early for s in scores) / len(scores),
             "length": sum(len(o.token_ids) for o in outputs) / len(outputs),
         }
         if not used:
