@@ -1,5 +1,6 @@
 """The learning benchmark's GRPO in verl: main_ppo starts from the cell's adapter and scores as the task does."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,18 +37,25 @@ def test_cell_runs_in_verl(tmp_path, monkeypatch) -> None:
     results = Path("results")  # relative, as one types it
     small = BaseSettings(hidden_size=32, layers=1)
     untrained(Task("lookup"), small).save_pretrained(base_path(Task("lookup"), small, results / "bases"))
-    cell = Cell("lookup", "pte", "main_ppo", warm=2, steps=2, lr=0.0, tests=4, works=(10, 11), base=small, kl=0.1)
+    cell = Cell("lookup", "pte", "main_ppo", warm=2, steps=2, lr=1e-3, tests=4, works=(10, 11), base=small, kl=0.1)
     found = run(cell, results)
     assert "failure" not in found, found["failure"]
-    assert len(found["curve"]) == 1 and all(0 <= step["reward"] <= 1 for step in found["curve"])
-    assert max(step["mismatch"] for step in found["curve"]) <= 1e-5
-    # A learning rate of zero: it ends as the adapter it began with, which the warm start has moved.
-    before, after = (
+    (block,) = found["curve"]
+    assert block["mismatch"] <= 1e-5 and block["length"] > 1 and block["kl"] > 0
+    assert block["lr"] == pytest.approx((1e-4 + 2e-4) / 2)  # a warm-up of ten steps
+    (log,) = results.glob("main_ppo/*/metrics.jsonl")
+    assert {json.loads(line)["data"].get("actor/kl_coef", 0.1) for line in log.read_text().splitlines()} == {0.1}
+    # Two steps of Adam away from the adapter of the warm start, which moved further.
+    warm, start, end = (
         torch.cat([t.flatten() for _, t in sorted(_tensors(path).items())])
-        for path in (next(results.glob("main_ppo/*/start")), next(results.rglob("pte_adapter")))
+        for path in (
+            next(results.glob("adapters/*")),
+            next(results.glob("main_ppo/*/start")),
+            next(results.rglob("pte_adapter")),
+        )
     )
-    assert torch.equal(before, after)
-    assert found["history"][0]["answer"] == pytest.approx(found["history"][-1]["answer"])
+    assert torch.equal(warm, start) and found["history"][0]["step"] == 0
+    assert 1e-4 < (end - start).abs().max() < 4.5e-4
 
 
 def _tensors(folder):

@@ -27,6 +27,8 @@ _TAIL = 4000  # characters of a failed run's output
 _CURVE = {
     "critic/score/mean": "reward",
     "response_length/mean": "length",
+    "actor/lr": "lr",
+    "actor/kl_loss": "kl",
     "pte/mismatch_max": "mismatch",
     "actor/grad_norm": "grad_norm",
 }
