@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from bench_run import check_methods, run
+from typer.testing import CliRunner
 
 from verl_pte.bench import equal_memory, report
+from verl_pte.bench.__main__ import app
 from verl_pte.bench.settings import QUICK, Settings, default_engine
 
 ARGUMENTS = ["--quick", "--json", "--lengths", "64,128", "--repeats", "1"]
@@ -89,3 +92,11 @@ def test_peaks_are_counted_anew() -> None:
     del big
     reset_peaks()
     assert peak_memory() < high - 200 * 2**20
+
+
+@pytest.mark.parametrize("command", [["rollout", "--engine", "native"], ["learner"], ["decode"]])
+def test_a_gpu_that_is_not_there_is_named(command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = CliRunner().invoke(app, [*command, "--device", "cuda", "--output", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "error: --device cuda: torch finds no CUDA device here" in result.stderr

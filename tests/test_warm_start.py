@@ -89,6 +89,9 @@ def whole(folder) -> Path:
     assert result.exit_code == 0, result.output
     assert f"adapter: {folder / 'whole' / 'adapter'}" in result.output
     assert "5 prompts; 1 longer than 64 left out" in result.output
+    cut = sum(record["cut"] for record in log(folder / "whole"))
+    assert 0 < cut <= 40 and f"{cut} of 40 answers were cut off at --max-response-length 40" in result.output
+    assert "outgrew" not in result.output
     return folder / "whole"
 
 
@@ -100,6 +103,14 @@ def sampled(folder) -> Path:
     """As `whole`, with sampled answers, and prompts and answers that change from step to step."""
     assert run(folder, folder / "sampled", *SAMPLED).exit_code == 0
     return folder / "sampled"
+
+
+def test_answers_that_fit_into_the_window_are_said_to_teach_nothing(folder, tmp_path):
+    short = ("--max-response-length=12", "--steps=1", "--warmup-steps=0")
+    result = run(folder, tmp_path / "out", *short)
+    assert result.exit_code == 0 and "no answer outgrew the window of 16 tokens" in result.output
+    without_memory = run(folder, tmp_path / "lora_c", *short, "--pte=freeze_state=true")
+    assert without_memory.exit_code == 0 and "outgrew" not in without_memory.output
 
 
 # -- a run

@@ -47,12 +47,12 @@ def make_engine(settings: Settings, method: str, models: Path) -> Engine:
 
 
 def native_device(settings: Settings) -> str:
-    """Where the native engine runs. Raises RuntimeError if that is a GPU and there is none."""
+    """Where the native engine runs. Raises ValueError if that is a GPU and there is none."""
     place = settings.device
     if place == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if place == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("--device cuda: torch finds no CUDA device here")
+        raise ValueError("--device cuda: torch finds no CUDA device here")
     return place
 
 

@@ -1,7 +1,8 @@
 """What the learner's samples say: medians and ratios, as a table and a plot.
 
 A ratio is one within a turn, in which the methods ran one after another; given are the median over the turns, and the
-least and greatest. Memory is what a step added to what the process held before it.
+least and greatest. Memory is what a step added to what the process held before it, and a method's figure the most of
+its turns.
 """
 
 from pathlib import Path
@@ -75,8 +76,8 @@ def tables(
     steps = Table(
         title=f"learner step: {model}, {settings.num_seqs} sequences, prompts of {settings.prompt_length}, "
         f"W={settings.window}, rank {settings.rank}, {settings.dtype}",
-        caption="Medians over the repeats. Rise: most memory a step added to what the process held; store: of it, the "
-        "replay's keys and values.",
+        caption="Times are medians over the repeats, memory is the most. Rise: what a step added to what the process "
+        "held; store: of it, the replay's keys and values.",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
         pad_edge=False,

@@ -123,7 +123,25 @@ def _run(settings: Any, prompts: str, prompt_column: str, output: str) -> None:
             raise typer.Exit(INTERRUPTED) from None
     if ranks.is_first:
         plot_kl(folder.records(), Path(output) / "kl.png")
+        for remark in _remarks(settings, list(folder.records())):
+            errors.print(remark)
         typer.echo(f"adapter: {folder.adapter}")
+
+
+def _remarks(settings: Any, records: list[dict[str, Any]]) -> list[str]:
+    """What a user should know of the run's answers."""
+    remarks, cut, pte = [], sum(record.get("cut", 0) for record in records), settings.pte
+    if cut:
+        answers = settings.batch_size * len(records)
+        remarks.append(
+            f"{cut} of {answers} answers were cut off at --max-response-length {settings.max_response_length}"
+        )
+    remembers = pte.window is not None and pte.update_state and not pte.freeze_state
+    if remembers and all(record["update_ratio"] is None for record in records):
+        remarks.append(
+            f"no answer outgrew the window of {pte.window} tokens: the adapter has learned to remember nothing"
+        )
+    return remarks
 
 
 class _Display(RunDisplay):

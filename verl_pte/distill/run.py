@@ -35,6 +35,7 @@ class StepRecord:
     grad_norm: float  # before clipping
     lr: float
     tokens: int  # of the teacher's answers
+    cut: int  # of those answers, how many were cut off at the longest length
     update_ratio: float | None  # mean ||S'|| / ||S||, S' before rescaling; None if nothing was evicted
     seconds: float
 
@@ -122,12 +123,14 @@ class WarmStart:
             )
             for i, _ in own
         ]
-        answers = [output.token_ids for output in self.distillation.rollouts(prompts, sampling)]
+        outputs = self.distillation.rollouts(prompts, sampling)
+        answers = [output.token_ids for output in outputs]
         self.optimizer.zero_grad()
         found = self.distillation.backward(prompts, answers, micro_batch=self.settings.micro_batch)
         ratio, has_ratio = (0.0, 0) if math.isnan(found.update_ratio) else (found.update_ratio, 1)
-        tokens, divergence, ratios, num_ratios = self.ranks.sum(
-            found.num_tokens, found.divergence * found.num_tokens, ratio, has_ratio
+        num_cut = sum(output.finish_reason == "length" for output in outputs)
+        tokens, divergence, ratios, num_ratios, cut = self.ranks.sum(
+            found.num_tokens, found.divergence * found.num_tokens, ratio, has_ratio, num_cut
         )
         self.ranks.sum_gradients(self.parameters.values(), found.num_tokens / tokens)
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.grad_norm))
@@ -145,6 +148,7 @@ class WarmStart:
             grad_norm=norm,
             lr=self.plan.learning_rate(step),
             tokens=int(tokens),
+            cut=int(cut),
             update_ratio=ratios / num_ratios if num_ratios else None,
             seconds=time.perf_counter() - started,
         )
