@@ -132,13 +132,14 @@ def test_an_answer_that_leaves_out_work_is_worth_nothing(kind) -> None:
     task = Task(kind)
     example = examples_of(kind)[0]
     facts, answer = task.lead + 2 * task.num_facts, example.thought[example.answer_start - 1 :]
-    for start in (facts, example.answer_start - 3):  # all work left out, and one step of it
-        score = task.score(example, example.thought[:start] + answer)
-        assert score.early and score.answer == 0.0
-    other_work = [0] * (example.answer_start - 1 - facts)  # what is thought meanwhile is the model's
+    whole = example.answer_start - 1
+    for left_out, early in ((0, False), (2, False), (6, True), (whole - facts, True)):  # two tokens are a step of work
+        score = task.score(example, example.thought[: whole - left_out] + answer)
+        assert (score.early, score.answer) == (early, 1.0 - early), left_out
+    other_work = [0] * (whole - facts)  # what is thought meanwhile is the model's
     score = task.score(example, example.thought[:facts] + other_work + answer)
     assert (score.answer, score.early) == (1.0, False) and score.chain < 1
-    assert task.score(example, [*example.thought[: example.answer_start - 1], 0, *answer]).answer == 1.0  # later
+    assert task.score(example, [*example.thought[:whole], 0, *answer]).answer == 1.0  # later
 
 
 def test_bad_tasks_are_refused() -> None:

@@ -33,6 +33,7 @@ _RESUME = _NAME + MAX_FACTS  # of a register's digit for the answer
 _TOTAL = _RESUME + MAX_FACTS  # names the sum of two facts
 _COUNT = _TOTAL + 1  # countdown: _COUNT + 0, 1, ...
 KINDS = ("lookup", "tracking", "arithmetic")
+WHOLE = 0.9  # of a thought; to miscount by a step leaves out no work worth the name
 
 
 class Example(NamedTuple):
@@ -48,7 +49,7 @@ class Score(NamedTuple):
 
     answer: float  # share of the answer's values that are right, 0 or 1 but for tracking; 0 if it came early
     chain: float  # share of the right thought's tokens before the answer found at their places
-    early: bool  # it answered sooner than the work can be done
+    early: bool  # it answered after less than WHOLE of the right thought's tokens
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Task:
         chain = sum(a == b for a, b in zip(right, found, strict=False)) / len(right)
         wanted = example.thought[example.answer_start : -1]
         start = found.index(ANS) + 1 if ANS in found else len(found)
-        early = ANS in found and start < example.answer_start
+        early = ANS in found and start < WHOLE * example.answer_start
         given = [] if early else found[start:]
         hits = [given[i : i + 2] == wanted[i : i + 2] for i in range(0, len(wanted), 2)]
         graded = hits[-1:] if self.kind == "arithmetic" else hits  # the sum, not what it was made from
