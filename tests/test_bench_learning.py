@@ -358,6 +358,9 @@ def test_summary_is_over_seeds() -> None:
     del older["cell"]["rewarded"], older["history"][1]["early"]
     (row,) = report.summarize([older, found[1]])
     assert row["seeds"] == [1, 3] and row["early"] is None and " | - | 0.500 " in report.markdown([row])
+    longer = dataclasses.asdict(small_cell(works=(10, 48), seed=3))
+    rows = report.summarize([found[2], found[2] | {"cell": longer}])
+    assert [report.way(row) for row in rows] == ["supervised, 2 steps", "supervised, 2 steps on 10 to 48 steps of work"]
 
 
 def test_report_says_where_seeds_have_different_bases(folder) -> None:

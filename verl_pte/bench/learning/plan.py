@@ -14,6 +14,7 @@ from verl_pte.bench.learning.tasks import KINDS
 
 FULL_BASE = BaseSettings(longest=64, steps=5000)
 FAR = (24, 32, 40, 48, 56, 64)  # work steps of two tokens each
+FURTHER = (10, 48)  # work steps; those of other cells are 10 to 20
 NARROW = {"window": 8, "block_size": 2}  # under which FAR is up to 18 windows
 TRAINED = tuple(m for m in METHODS if m != "base")
 TESTED_FAR = ("base", "pte", "lora_c", "lora_full", "global_only")
@@ -45,6 +46,7 @@ def full(seeds: int) -> list[Cell]:
         (_parts_supervised, every),
         (_sweeps, first),
         (_distilled_longer, every),
+        (_distilled_further, every),
         (_in_verl, first),
         (_from_scratch, every),
         (_sweeps, every),
@@ -82,6 +84,13 @@ def _distilled_longer(seed: int) -> Iterator[Cell]:
     for task in KINDS:
         for method in ("pte", "lora_c") if seed == 0 else ("pte",):
             yield Cell(task, method, "distilled", seed, steps=800, base=FULL_BASE)
+
+
+def _distilled_further(seed: int) -> Iterator[Cell]:
+    """On lookup, as long again, with thoughts up to seven windows long: whether distance or practice is the limit."""
+    for method in ("pte", "lora_c") if seed == 0 else ("pte",):
+        cell = Cell("lookup", method, "distilled", seed, steps=800, works=FURTHER, base=FULL_BASE)
+        yield replace(cell, far=FAR)
 
 
 def _after_warm(seed: int) -> Iterator[Cell]:

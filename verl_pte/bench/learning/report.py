@@ -19,7 +19,7 @@ from verl_pte.bench.learning.methods import METHODS
 
 _T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by number of seeds
 MAX_SEEDS = max(_T95)
-_TRAINING = ("way", "warm", "steps", "lr", "cosine", "encoder_lr", "kl", "full_reference", "rewarded")
+_TRAINING = ("way", "warm", "steps", "lr", "cosine", "encoder_lr", "kl", "full_reference", "rewarded", "works")
 _KEYS = ("task", "method", "knobs", *_TRAINING)
 _DEFAULTS = {f.name: f.default for f in dataclasses.fields(Cell)}  # of settings that were no settings yet
 WAYS = {"supervised": "supervised", "distilled": "warm start", "grpo": "GRPO", "main_ppo": "GRPO in verl"}
@@ -68,7 +68,8 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _setting(found: dict[str, Any], key: str) -> Any:
-    return found["cell"].get(key, _DEFAULTS[key])
+    value = found["cell"].get(key, _DEFAULTS[key])
+    return list(value) if isinstance(value, tuple) else value  # as in a file
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:
@@ -93,7 +94,9 @@ def title(row: dict[str, Any]) -> str:
 def way(row: dict[str, Any]) -> str:
     """How a row was trained."""
     if row["way"] in ("supervised", "distilled"):
-        return f"{WAYS[row['way']]}, {row['steps']} steps"
+        low, high = row["works"]
+        usual = (low, high) == _DEFAULTS["works"]
+        return f"{WAYS[row['way']]}, {row['steps']} steps" + ("" if usual else f" on {low} to {high} steps of work")
     start = f"after {row['warm']} steps of warm start" if row["warm"] else "from scratch"
     parts = [f"{WAYS[row['way']]} {start}: {row['steps']} steps", f"lr {row['lr']:g}"]
     if not row["cosine"]:
