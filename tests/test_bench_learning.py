@@ -328,6 +328,7 @@ def test_a_base_that_does_not_learn_is_a_finding_of_its_cells_alone(folder, monk
     assert failed["failure"].startswith("the base did not learn lookup in 1 steps")
     table = (folder / "learning.md").read_text()
     assert "| PTE | failed | the base did not learn" in table and "| PTE | 1 | " in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 def found_as(seed, reward, way="grpo"):
@@ -415,6 +416,16 @@ def test_further_tests_that_a_cell_lacks_are_made(folder, monkeypatch) -> None:
     assert row["seeds"] == [0, 1] and [at["work"] for at in row["far"]] == [24]
 
 
+def test_a_base_that_cannot_be_made_does_not_end_the_rest(folder, monkeypatch) -> None:
+    path = base_path(Task("tracking"), SMALL, folder / "bases")
+    path.mkdir()
+    (path / "config.json").write_text("cut off in the mid")
+    monkeypatch.setattr(plan, "full", lambda seeds: [small_cell(task="tracking"), small_cell()])
+    done = CliRunner().invoke(app, ["learning", "--output", str(folder), "--jobs", "1"])
+    assert done.exit_code == 0 and "failed, and left for another run: tracking.supervised" in done.output, done.output
+    assert json.loads((folder / "learning.json").read_text())["cells"] == {"planned": 2, "done": 1}
+
+
 def test_quick_takes_no_part_of_the_full_report(tmp_path) -> None:
     for option in (["--only", "pte"], ["--seeds", "2"]):
         done = CliRunner().invoke(app, ["learning", "--quick", "--output", str(tmp_path), *option])
@@ -425,8 +436,10 @@ def test_an_adapter_of_another_base_is_not_gone_on_with(folder) -> None:
     run(warm_cell(cell := small_cell(way="grpo", warm=2)), folder)
     other = untrained(Task("lookup"), dataclasses.replace(SMALL, seed=7))
     other.save_pretrained(base_path(Task("lookup"), SMALL, folder / "bases"))
-    with pytest.raises(RuntimeError, match="is of another base than .*: remove its cell and adapter"):
-        run(cell, folder)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="is of another base than .*: remove its cell and adapter"):
+            run(cell, folder)
+        (folder / "cells" / f"{warm_cell(cell).name}.json").unlink(missing_ok=True)  # the adapter says so too
 
 
 def test_errors_of_the_machine_are_no_findings(folder, monkeypatch) -> None:
@@ -437,9 +450,13 @@ def test_errors_of_the_machine_are_no_findings(folder, monkeypatch) -> None:
 
 
 def test_two_processes_may_keep_the_same_adapter(folder) -> None:
-    cells._keep_adapter(small_model(), folder / "adapters" / "one")
-    cells._keep_adapter(small_model(), folder / "adapters" / "one")
-    assert [path.name for path in (folder / "adapters").iterdir()] == ["one"]
+    path = folder / "adapters" / "one"
+    for _ in range(2):
+        cells._keep_adapter(small_model(), path, "a base")
+        assert [path.name for path in (folder / "adapters").iterdir()] == ["one"]
+    kept = (path / "adapter_model.safetensors").read_bytes()
+    cells._keep_adapter(small_model(seed=1), path, "another base")
+    assert cells._base_of(path) == "another base" and (path / "adapter_model.safetensors").read_bytes() != kept
 
 
 def test_plots_are_left_out_without_matplotlib(folder, monkeypatch) -> None:

@@ -44,7 +44,7 @@ def test_cell_runs_in_verl(tmp_path, monkeypatch) -> None:
     assert block["mismatch"] <= 1e-5 and block["length"] > 1 and block["kl"] > 0
     assert block["lr"] == pytest.approx((1e-4 + 2e-4) / 2)  # a warm-up of ten steps
     (log,) = results.glob("main_ppo/*/metrics.jsonl")
-    assert {json.loads(line)["data"].get("actor/kl_coef", 0.1) for line in log.read_text().splitlines()} == {0.1}
+    assert {json.loads(line)["data"]["actor/kl_coef"] for line in log.read_text().splitlines()} == {0.1}
     # Two steps of Adam away from the adapter of the warm start, which moved further.
     warm, start, end = (
         torch.cat([t.flatten() for _, t in sorted(_tensors(path).items())])

@@ -130,9 +130,10 @@ def _run(settings: Any, prompts: str, prompt_column: str, output: str) -> None:
 
 def _remarks(settings: Any, records: list[dict[str, Any]]) -> list[str]:
     """What a user should know of the run's answers."""
-    remarks, cut, pte = [], sum(record.get("cut", 0) for record in records), settings.pte
+    counted = [record["cut"] for record in records if "cut" in record]  # a run begun by an older version has less
+    remarks, cut, pte = [], sum(counted), settings.pte
     if cut:
-        answers = settings.batch_size * len(records)
+        answers = settings.batch_size * len(counted)
         remarks.append(
             f"{cut} of {answers} answers were cut off at --max-response-length {settings.max_response_length}"
         )

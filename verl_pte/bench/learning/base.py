@@ -51,13 +51,14 @@ class TrainingFailure(RuntimeError):
 def trained_base(task: Task, settings: BaseSettings, folder: Path, progress: Any = None) -> PreTrainedModel:
     """The base of these settings, from `folder` if it is there.
 
-    Raises TrainingFailure if it does not learn its task; a note of that is kept in its place, until it is removed.
+    Raises TrainingFailure if it does not learn its task. A note of that is kept in its place, so that it is not tried
+    again for every cell; to try it anew, remove the note and the cells that say so.
     """
     path = base_path(task, settings, folder)
     failure = path.with_suffix(".failure")
-    if failure.exists():
-        raise TrainingFailure(failure.read_text())
     if not (path / "config.json").exists():
+        if failure.exists():
+            raise TrainingFailure(failure.read_text())
         model = untrained(task, settings)
         try:
             _train(model, task, settings, progress or (lambda text, done: None))

@@ -9,6 +9,7 @@ Left out: which cells a report has (plan.py) and what is read off them (report.p
 """
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ from verl_pte.bench.learning.methods import METHODS, pte_settings
 from verl_pte.bench.learning.tasks import Task
 from verl_pte.peft import attach, pte_config
 
+_BASE = "base_digest"  # file beside a kept adapter
 BLOCK = 5  # optimizer steps of an entry of a cell's curve
 WAYS = ("supervised", "distilled", "grpo", "main_ppo")  # the last is GRPO too, in verl
 
@@ -108,7 +110,7 @@ def run(cell: Cell, folder: Path, progress: Any = None) -> dict[str, Any]:
     path = folder / "cells" / f"{cell.name}.json"
     tell = progress or (lambda text, done: None)
     torch.set_num_threads(1)
-    start = time.perf_counter()
+    start, commit = time.perf_counter(), _commit()
     try:
         found: dict[str, Any] = _train(cell, folder, tell)
     except TrainingFailure as error:
@@ -119,13 +121,19 @@ def run(cell: Cell, folder: Path, progress: Any = None) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "machine": machine.hardware(),
         "versions": machine.versions(),
-        "commit": machine.commit(),
+        "commit": commit,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(f".{os.getpid()}")
     scratch.write_text(json.dumps(found, indent=1) + "\n")
     scratch.rename(path)
     return found
+
+
+@functools.cache
+def _commit() -> str | None:
+    """As this process began: its code stays that, whatever is committed while it works."""
+    return machine.commit()
 
 
 def _train(cell: Cell, folder: Path, tell: Any) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def _train(cell: Cell, folder: Path, tell: Any) -> dict[str, Any]:
                 history.append({"step": step + 1, **accuracy(model, task, examples)._asdict()})
             tell(f"{cell.name}: answer {history[-1]['answer']:.2f}", 1)
     if cell.way == "distilled":
-        _keep_adapter(model, folder / "adapters" / cell.name)
+        _keep_adapter(model, folder / "adapters" / cell.name, base_digest(task, cell.base, folder / "bases"))
     far = []
     for work in cell.far:
         further = test_examples(task, (work, work), max(64, cell.tests // 4))
@@ -220,7 +228,8 @@ def _warm_adapter(cell: Cell, folder: Path, tell: Any) -> Path:
     warm = warm_cell(cell)
     path = folder / "adapters" / warm.name
     known, base = on_file(warm, folder), base_digest(Task(cell.task), cell.base, folder / "bases")
-    if known is not None and known.get("base_digest", base) != base:
+    of = {_base_of(path), (known or {}).get("base_digest")} - {None, base}
+    if of:
         raise RuntimeError(f"{warm.name} is of another base than {folder / 'bases'} has: remove its cell and adapter")
     if not (path / "adapter_model.safetensors").exists():
         if known is not None:  # of an earlier run whose adapters are gone
@@ -232,11 +241,20 @@ def _warm_adapter(cell: Cell, folder: Path, tell: Any) -> Path:
     return path
 
 
-def _keep_adapter(model: PeftModel, path: Path) -> None:
-    """All of it or nothing; another process may be making the same."""
+def _keep_adapter(model: PeftModel, path: Path, base: str) -> None:
+    """All of it or nothing; another process may be making the same. One of another base is replaced."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     model.save_pretrained(scratch)
+    (scratch / _BASE).write_text(base)
+    if path.exists() and _base_of(path) not in (None, base):
+        shutil.rmtree(path)
     try:
         scratch.rename(path)
     except OSError:  # it is there
         shutil.rmtree(scratch)
+
+
+def _base_of(adapter: Path) -> str | None:
+    """Digest of the base a kept adapter was trained on; older ones do not say."""
+    file = adapter / _BASE
+    return file.read_text() if file.exists() else None

@@ -48,7 +48,8 @@ def learning_command(
     folder = output / "quick" if quick else output
     folder.mkdir(parents=True, exist_ok=True)
     console, start = Console(stderr=quick), time.perf_counter()
-    found = run_all(cells, folder, jobs, console, minutes)
+    with reported_errors():
+        found = run_all(cells, folder, jobs, console, minutes)
     write(planned if quick else plan.full(MAX_SEEDS), planned, folder, console)
     if quick and len(found) < len(cells):
         typer.echo(f"error: {len(cells) - len(found)} of {len(cells)} cells are missing: run it again", err=True)

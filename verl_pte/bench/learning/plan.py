@@ -54,7 +54,7 @@ def full(seeds: int) -> list[Cell]:
         (_ways_from_scratch, first),
     )
     cells = (cell for part, chosen in order for seed in chosen for cell in part(seed))
-    return list({cell.name: cell for cell in cells}.values())  # sweeps meet the methods' own cells
+    return list({cell.name: cell for cell in cells}.values())  # the sweeps' first seed comes twice
 
 
 def _supervised(seed: int) -> Iterator[Cell]:

@@ -3,7 +3,6 @@
 Bases come first, since all cells of a task share one. Interrupted, it goes on with what is missing the next time.
 """
 
-import contextlib
 import multiprocessing
 import os
 import queue
@@ -28,7 +27,7 @@ def run_all(
 ) -> list[dict[str, Any]]:
     """What the cells found, in their order, without those that `minutes` left no time for.
 
-    Of errors that are no findings the console is told, and the rest goes on.
+    Of errors that are no findings the console is told, and the rest goes on; RuntimeError if a process dies.
     """
     done = [cell for cell in cells if on_file(cell, folder) is not None]
     context = multiprocessing.get_context("spawn")
@@ -68,15 +67,19 @@ def run_all(
                     on_done(future.result())
                 show(0.2)
 
+        def end_base(error: str | None) -> None:
+            if error is not None:
+                console.print(f"failed: {error}", soft_wrap=True, markup=False)
+
         def end_cell(error: str | None) -> None:
             if error is None:
                 bar.advance(overall)
             else:
-                console.print(f"failed, and left for another run: {error}", markup=False)
+                console.print(f"failed, and left for another run: {error}", soft_wrap=True, markup=False)
 
         missing = [cell for cell in cells if cell not in done]
         bases = {(cell.task, cell.base): cell for cell in missing}
-        drain([(_base, (cell, folder)) for cell in bases.values()], lambda error: None)
+        drain([(_base, (cell, folder)) for cell in bases.values()], end_base)
         drain([(_cell, (cell, folder)) for cell in missing], end_cell)
     return [known for cell in cells if (known := on_file(cell, folder)) is not None]
 
@@ -93,12 +96,18 @@ def _tell(text: str, steps: int) -> None:
     _messages.put((os.getpid(), text, steps))
 
 
-def _base(cell: Cell, folder: Path) -> None:
+def _base(cell: Cell, folder: Path) -> str | None:
+    """What went wrong, if anything did. That a base does not learn is a finding of each cell that asks for it."""
     import torch
 
     torch.set_num_threads(1)
-    with contextlib.suppress(TrainingFailure):  # a finding of each cell that asks for this base
+    try:
         trained_base(Task(cell.task), cell.base, folder / "bases", _tell)
+    except TrainingFailure:
+        return None
+    except Exception as error:
+        return f"base for {cell.task}: {type(error).__name__}: {error}"
+    return None
 
 
 def _cell(cell: Cell, folder: Path) -> str | None:

@@ -50,11 +50,13 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 {"step": at[0]["step"], "answer": interval([h["answer"] for h in at])}
                 for at in zip(*(c["history"] for c in good), strict=True)
             ]
+            fars = [{at["work"]: at for at in c["far"]} for c in good]
             row["far"] = [
-                {key: at[0][key] for key in ("work", "thought_length")}
-                | {"full_base_answer": mean(h["full_base_answer"] for h in at)}
-                | {key: interval([h[key] for h in at]) for key in ("answer", "chain")}
-                for at in zip(*(c["far"] for c in good), strict=True)
+                {"work": work, "thought_length": fars[0][work]["thought_length"]}
+                | {"full_base_answer": mean(far[work]["full_base_answer"] for far in fars)}
+                | {key: interval([far[work][key] for far in fars]) for key in ("answer", "chain")}
+                for work in fars[0]
+                if all(work in far for far in fars)
             ]
             if "reward" in (good[0]["curve"] or [{}])[0]:
                 curves = [[step["reward"] for step in c["curve"]] for c in good]
@@ -145,5 +147,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         if row["seeds"]:
             lines.append("| " + " | ".join([row["task"], way(row), title(row), *_measured(row)]) + " |")
         for failure in row["failures"]:
-            lines.append(f"| {row['task']} | {way(row)} | {title(row)} | failed | {failure}" + " |" * len(_COLUMNS))
+            lines.append(
+                f"| {row['task']} | {way(row)} | {title(row)} | failed | {failure}" + " |" * (len(_COLUMNS) - 1)
+            )
     return "\n".join(lines) + "\n"
