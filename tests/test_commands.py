@@ -72,7 +72,11 @@ TESTED = [
     ("*", r"python -m verl_pte\.bench decode", "tests/test_bench_decode.py::test_command"),
     ("*", r"python -m verl_pte\.bench learner .*", "tests/test_bench_learner.py::test_methods_side_by_side"),
     ("*", r"python -m verl_pte\.bench flops .*", "tests/test_bench_flops.py::test_command_prints_one_json_object"),
-    ("*", r"python -m verl_pte\.bench learning .*", "tests/test_bench_learning.py::test_command_reports_what_is_there"),
+    (
+        "*",
+        r"python -m verl_pte\.bench learning .*",
+        "tests/learning/test_command.py::test_command_reports_what_is_there",
+    ),
     ("*", r"python -m pytest tests/.*", ".ci/run::make test"),
     ("*", r"make quickstart", ".ci/run::make quickstart"),
     ("*", r"make (test|lint)", ".ci/run::make lint"),

@@ -1,0 +1,85 @@
+"""``bench learning``: what it runs, reports and refuses, and what does not end it."""
+
+import json
+
+from learning_parts import SMALL, small_cell
+from typer.testing import CliRunner
+
+from verl_pte.bench import command
+from verl_pte.bench.__main__ import app
+from verl_pte.bench.learning import plan, plots
+from verl_pte.bench.learning.base import BaseSettings, base_path
+from verl_pte.bench.learning.cells import run
+from verl_pte.bench.learning.tasks import Task
+
+
+def test_command_reports_what_is_there(folder, monkeypatch) -> None:
+    cells = [small_cell(method=m, seed=s) for m in ("pte", "lora_c") for s in (0, 1)]
+    cells.append(small_cell(knobs={"window": 8, "block_size": 2}))
+    monkeypatch.setattr(plan, "full", lambda seeds: [cell for cell in cells if cell.seed < seeds])
+    done = CliRunner().invoke(app, ["learning", "--output", str(folder), "--jobs", "1"])
+    assert done.exit_code == 0, done.output
+    content = json.loads((folder / "learning.json").read_text())
+    assert content["cells"] == {"planned": 5, "done": 5}
+    assert [row["method"] for row in content["rows"]] == ["pte", "lora_c", "pte"]
+    assert "| lookup | supervised, 2 steps | LoRA_c | 2 |" in (folder / "learning.md").read_text()
+    assert (folder / "learning_methods.png").exists() and (folder / "learning_sweeps.png").exists()
+    swept = plots._sweeps(content["rows"])
+    assert {knob: [plots._value(row, knob) for row in rows] for knob, rows in swept.items()} == {"window": [8, 16, 16]}
+    bad = CliRunner().invoke(app, ["learning", "--only", "nothing", "--output", str(folder)])
+    assert bad.exit_code == 2 and "--only nothing: no cell has this in its name" in bad.output
+    for more in (["--only", "lora_c"], ["--seeds", "1"]):  # run a part: the report is of all that is there
+        done = CliRunner().invoke(app, ["learning", "--output", str(folder), "--jobs", "1", *more])
+        assert done.exit_code == 0, done.output
+        assert json.loads((folder / "learning.json").read_text())["rows"] == content["rows"]
+
+
+def test_further_tests_that_a_cell_lacks_are_made(folder, monkeypatch) -> None:
+    run(small_cell(), folder)
+    cells = [small_cell(far=(24,)), small_cell(far=(24,), seed=1)]
+    monkeypatch.setattr(plan, "full", lambda seeds: cells)
+    done = CliRunner().invoke(app, ["learning", "--output", str(folder), "--jobs", "1"])
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads((folder / "learning.json").read_text())["rows"]
+    assert row["seeds"] == [0, 1] and [at["work"] for at in row["far"]] == [24]
+
+
+def test_a_base_that_does_not_learn_is_a_finding_of_its_cells_alone(folder, monkeypatch) -> None:
+    hopeless = BaseSettings(hidden_size=32, layers=1, steps=1, batch=2)
+    monkeypatch.setattr(plan, "full", lambda seeds: [small_cell(base=hopeless), small_cell(seed=1)])
+    done = CliRunner().invoke(app, ["learning", "--output", str(folder), "--jobs", "1"])
+    assert done.exit_code == 0, done.output
+    failed, _ = (run(cell, folder) for cell in plan.full(2))
+    assert failed["failure"].startswith("the base did not learn lookup in 1 steps")
+    table = (folder / "learning.md").read_text()
+    assert "| PTE | failed | the base did not learn" in table and "| PTE | 1 | " in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_a_base_that_cannot_be_made_does_not_end_the_rest(folder, monkeypatch) -> None:
+    path = base_path(Task("tracking"), SMALL, folder / "bases")
+    path.mkdir()
+    (path / "config.json").write_text("cut off in the mid")
+    monkeypatch.setattr(plan, "full", lambda seeds: [small_cell(task="tracking"), small_cell()])
+    done = CliRunner().invoke(app, ["learning", "--output", str(folder), "--jobs", "1"])
+    assert done.exit_code == 0 and "failed, and left for another run: tracking.supervised" in done.output, done.output
+    assert json.loads((folder / "learning.json").read_text())["cells"] == {"planned": 2, "done": 1}
+
+
+def test_quick_takes_no_part_of_the_full_report(tmp_path) -> None:
+    for option in (["--only", "pte"], ["--seeds", "2"]):
+        done = CliRunner().invoke(app, ["learning", "--quick", "--output", str(tmp_path), *option])
+        assert done.exit_code == 2 and "it takes neither --seeds nor --only" in done.output
+
+
+def test_plots_are_left_out_without_matplotlib(folder, monkeypatch) -> None:
+    monkeypatch.setattr(plan, "full", lambda seeds: [small_cell()])
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    done = CliRunner().invoke(app, ["learning", "--output", str(folder), "--jobs", "1"])
+    assert done.exit_code == 0 and "matplotlib: pip install 'verl-pte[docs]'" in done.output
+    assert not list(folder.glob("*.png"))
+
+
+def test_command_refuses_more_seeds_than_it_has_intervals_for(tmp_path) -> None:
+    done = CliRunner().invoke(app, ["learning", "--seeds", "11", "--output", str(tmp_path)])
+    assert done.exit_code == 2 and "--seeds 11, --jobs 2: must be 1 to 10" in done.output
