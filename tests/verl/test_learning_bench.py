@@ -45,7 +45,7 @@ def test_cell_runs_in_verl(tmp_path, monkeypatch) -> None:
     assert block["lr"] == pytest.approx((1e-4 + 2e-4) / 2)  # a warm-up of ten steps
     (log,) = results.glob("main_ppo/*/metrics.jsonl")
     assert {json.loads(line)["data"]["actor/kl_coef"] for line in log.read_text().splitlines()} == {0.1}
-    # Two steps of Adam away from the adapter of the warm start, which moved further.
+    # Two steps of Adam away from the adapter of the warm start: a new one would be further.
     warm, start, end = (
         torch.cat([t.flatten() for _, t in sorted(_tensors(path).items())])
         for path in (
@@ -54,7 +54,7 @@ def test_cell_runs_in_verl(tmp_path, monkeypatch) -> None:
             next(results.rglob("pte_adapter")),
         )
     )
-    assert torch.equal(warm, start) and found["history"][0]["step"] == 0
+    assert torch.equal(warm, start)
     assert 1e-4 < (end - start).abs().max() < 4.5e-4
 
 

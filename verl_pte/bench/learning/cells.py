@@ -91,7 +91,7 @@ class Cell:
 
 def on_file(cell: Cell, folder: Path) -> dict[str, Any] | None:
     """What a cell found when it ran before, with all tests it asks for."""
-    path = folder / "cells" / f"{cell.name}.json"
+    path = _file(cell, folder)
     if not path.exists():
         return None
     found = json.loads(path.read_text())
@@ -107,7 +107,7 @@ def run(cell: Cell, folder: Path, progress: Any = None) -> dict[str, Any]:
     """
     if (known := on_file(cell, folder)) is not None:
         return known
-    path = folder / "cells" / f"{cell.name}.json"
+    path = _file(cell, folder)
     tell = progress or (lambda text, done: None)
     torch.set_num_threads(1)
     start, commit = time.perf_counter(), _commit()
@@ -130,6 +130,10 @@ def run(cell: Cell, folder: Path, progress: Any = None) -> dict[str, Any]:
     return found
 
 
+def _file(cell: Cell, folder: Path) -> Path:
+    return folder / "cells" / f"{cell.name}.json"
+
+
 @functools.cache
 def _commit() -> str | None:
     """As this process began: its code stays that, whatever is committed while it works."""
@@ -139,6 +143,7 @@ def _commit() -> str | None:
 def _train(cell: Cell, folder: Path, tell: Any) -> dict[str, Any]:
     task = Task(cell.task)
     base = trained_base(task, cell.base, folder / "bases", lambda text, done: tell(text, 0))
+    digest = base_digest(task, cell.base, folder / "bases")
     if cell.warm:
         model = PeftModel.from_pretrained(base, _warm_adapter(cell, folder, tell), is_trainable=True)
     else:
@@ -164,7 +169,7 @@ def _train(cell: Cell, folder: Path, tell: Any) -> dict[str, Any]:
                 history.append({"step": step + 1, **accuracy(model, task, examples)._asdict()})
             tell(f"{cell.name}: answer {history[-1]['answer']:.2f}", 1)
     if cell.way == "distilled":
-        _keep_adapter(model, folder / "adapters" / cell.name, base_digest(task, cell.base, folder / "bases"))
+        _keep_adapter(model, folder / "adapters" / cell.name, digest)
     far = []
     for work in cell.far:
         further = test_examples(task, (work, work), max(64, cell.tests // 4))
@@ -173,7 +178,7 @@ def _train(cell: Cell, folder: Path, tell: Any) -> dict[str, Any]:
         at = {"work": work, "thought_length": task.thought_length(work), "full_base_answer": whole.answer}
         far.append(at | accuracy(model, task, further)._asdict())
     return {
-        "base_digest": base_digest(task, cell.base, folder / "bases"),
+        "base_digest": digest,
         "full_base": ceiling._asdict(),
         "window_base": floor._asdict(),
         "history": history,
@@ -200,8 +205,11 @@ def _step(cell: Cell, model: nn.Module, task: Task) -> training.Step:
         return training.supervised(model, task, cell.works, cell.batch, cell.seed)
     if cell.way == "distilled":
         return training.distilled(model, task, cell.works, cell.batch, cell.seed)
-    settings = training.GRPO(kl=cell.kl, full_reference=cell.full_reference, rewarded=cell.rewarded)
-    return training.grpo(model, task, cell.works, settings, cell.seed)
+    return training.grpo(model, task, cell.works, _grpo(cell), cell.seed)
+
+
+def _grpo(cell: Cell) -> training.GRPO:
+    return training.GRPO(kl=cell.kl, full_reference=cell.full_reference, rewarded=cell.rewarded)
 
 
 def _in_verl(
@@ -211,8 +219,7 @@ def _in_verl(
     run_folder = folder / "main_ppo" / cell.name.replace("=", "-")  # hydra reads `=` in an override's value
     model.save_pretrained(run_folder / "start")
     pte, base = pte_config(model), model.unload()
-    settings = training.GRPO(kl=cell.kl, full_reference=cell.full_reference)
-    run = main_ppo.Run(task, pte, run_folder / "start", run_folder, cell.works, settings, optimization, cell.seed)
+    run = main_ppo.Run(task, pte, run_folder / "start", run_folder, cell.works, _grpo(cell), optimization, cell.seed)
     curve, adapter = main_ppo.train(run, base)
     return curve, PeftModel.from_pretrained(base, str(adapter))
 
@@ -242,11 +249,11 @@ def _warm_adapter(cell: Cell, folder: Path, tell: Any) -> Path:
 
 
 def _keep_adapter(model: PeftModel, path: Path, base: str) -> None:
-    """All of it or nothing; another process may be making the same. One of another base is replaced."""
+    """All of it or nothing; another process may be making the same. One that is not of this base is replaced."""
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     model.save_pretrained(scratch)
     (scratch / _BASE).write_text(base)
-    if path.exists() and _base_of(path) not in (None, base):
+    if path.exists() and _base_of(path) != base:
         shutil.rmtree(path)
     try:
         scratch.rename(path)

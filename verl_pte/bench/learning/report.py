@@ -62,7 +62,6 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 curves = [[step["reward"] for step in c["curve"]] for c in good]
                 row["reward"] = interval([mean(c[-20 // BLOCK :]) for c in curves])
                 row["rewards"] = [mean(at) for at in zip(*curves, strict=True)]
-                row["lengths"] = [[c["curve"][i].get("length") for i in (0, -1)] for c in good]  # first and last block
                 measured = [step["mismatch"] for c in good for step in c["curve"] if "mismatch" in step]
                 row["mismatch_max"] = max(measured, default=None)
         rows.append(row)
