@@ -1,7 +1,14 @@
 """``bench learning``: what it runs, reports and refuses, and what does not end it."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
+import pytest
 from learning_parts import SMALL, small_cell
 from typer.testing import CliRunner
 
@@ -64,6 +71,41 @@ def test_a_base_that_cannot_be_made_does_not_end_the_rest(folder, monkeypatch) -
     done = CliRunner().invoke(app, ["learning", "--output", str(folder), "--jobs", "1"])
     assert done.exit_code == 0 and "failed, and left for another run: tracking.supervised" in done.output, done.output
     assert json.loads((folder / "learning.json").read_text())["cells"] == {"planned": 2, "done": 1}
+
+
+def alive(process: str) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_command_leaves_no_process_behind(folder, how) -> None:
+    endless = """
+from pathlib import Path
+from learning_parts import small_cell
+from rich.console import Console
+from verl_pte.bench.learning.pool import run_all
+
+if __name__ == "__main__":
+    cells = [small_cell(steps=10**6, seed=seed) for seed in range(2)]
+    run_all(cells, Path("."), 2, Console(force_terminal=True, width=200))
+"""
+    (folder / "endless.py").write_text(endless)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen([sys.executable, "endless.py"], cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
+    shown, deadline = "", time.monotonic() + 120
+    while not all(f"seed={seed}: answer" in shown for seed in range(2)):
+        assert process.poll() is None and time.monotonic() < deadline, shown
+        shown += process.stdout.readline()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.send_signal(how)
+    process.wait()
+    while any(alive(child) for child in children):
+        assert time.monotonic() < deadline, "workers are still there"
+        time.sleep(0.1)
 
 
 def test_quick_takes_no_part_of_the_full_report(tmp_path) -> None:

@@ -1,11 +1,13 @@
 """Runs cells in parallel processes, one thread each, and shows how far they are.
 
-Bases come first, since all cells of a task share one. Interrupted, it goes on with what is missing the next time.
+Bases come first, since all cells of a task share one. Interrupted, it goes on with what is missing the next time; its
+processes end with the one that began them, however that ends.
 """
 
 import multiprocessing
 import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -34,10 +36,10 @@ def run_all(
     end = None if minutes is None else time.monotonic() + 60 * minutes
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, before they start
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    messages = context.Queue()
     with (
-        context.Manager() as manager,
         Progress(*columns, console=console) as bar,
-        ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(messages := manager.Queue(),)) as pool,
+        ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(messages,)) as pool,
     ):
         overall = bar.add_task("cells", total=len(cells), completed=len(done))
         lines: dict[int, Any] = {}
@@ -87,9 +89,17 @@ def run_all(
 def _start(messages: Any) -> None:
     global _messages
     _messages = messages
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _tell(text: str, steps: int) -> None:
