@@ -95,14 +95,20 @@ if __name__ == "__main__":
     (folder / "endless.py").write_text(endless)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     process = subprocess.Popen([sys.executable, "endless.py"], cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
-    shown, deadline = "", time.monotonic() + 120
-    while not all(f"seed={seed}: answer" in shown for seed in range(2)):
-        assert process.poll() is None and time.monotonic() < deadline, shown
-        shown += process.stdout.readline()
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(children) >= 2
-    process.send_signal(how)
+    try:
+        shown = ""
+        while not all(f"seed={seed}: answer" in shown for seed in range(2)):
+            line = process.stdout.readline()
+            assert line, f"it ended: {shown}"
+            shown += line
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) >= 2
+        process.send_signal(how)
+    except BaseException:
+        process.kill()
+        raise
     process.wait()
+    deadline = time.monotonic() + 60
     while any(alive(child) for child in children):
         assert time.monotonic() < deadline, "workers are still there"
         time.sleep(0.1)

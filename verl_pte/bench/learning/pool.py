@@ -89,6 +89,7 @@ def run_all(
 def _start(messages: Any) -> None:
     global _messages
     _messages = messages
+    messages.cancel_join_thread()  # a worker ends though nobody reads what it said last
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from transformers.utils import logging
 
