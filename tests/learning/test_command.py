@@ -1,5 +1,6 @@
 """``bench learning``: what it runs, reports and refuses, and what does not end it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -94,7 +95,9 @@ if __name__ == "__main__":
 """
     (folder / "endless.py").write_text(endless)
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, "endless.py"], cwd=folder, env=env, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "endless.py"], cwd=folder, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         shown = ""
         while not all(f"seed={seed}: answer" in shown for seed in range(2)):
@@ -104,14 +107,15 @@ if __name__ == "__main__":
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(children) >= 2
         process.send_signal(how)
-    except BaseException:
-        process.kill()
-        raise
-    process.wait()
-    deadline = time.monotonic() + 60
-    while any(alive(child) for child in children):
-        assert time.monotonic() < deadline, "workers are still there"
-        time.sleep(0.1)
+        process.wait()
+        deadline = time.monotonic() + 60
+        while any(alive(child) for child in children):
+            assert time.monotonic() < deadline, "workers are still there"
+            time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_quick_takes_no_part_of_the_full_report(tmp_path) -> None:

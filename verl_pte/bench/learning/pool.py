@@ -1,7 +1,7 @@
 """Runs cells in parallel processes, one thread each, and shows how far they are.
 
-Bases come first, since all cells of a task share one. Interrupted, it goes on with what is missing the next time; its
-processes end with the one that began them, however that ends.
+Bases come first, since all cells of a task share one. Interrupted, it goes on with what is missing the next time. Its
+workers end with it, however it ends; what verl started for a cell that runs in verl may go on.
 """
 
 import multiprocessing
