@@ -12,6 +12,8 @@ import pandas as pd
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from verl_pte.verl.cpu_platform import accelerator_present
+
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 # Of a recipe: the model it is for, as `verl-pte plan` calls it.
@@ -128,6 +130,8 @@ def command(folder: Path, name: str, *more: str, recipe: str = "pte_tiny_cpu") -
     # Only what any user's shell would have: the plugin must be found through its entry point.
     drop = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS")
     env = {key: value for key, value in os.environ.items() if key not in drop} | {"VERL_FILE_LOGGER_PATH": str(log)}
+    if accelerator_present():  # else the plugin sees to it
+        env["VERL_PLATFORM"] = "cpu"
     arguments = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(RECIPES), "--config-name", recipe]
     arguments += [
         *overrides(folder, recipe),

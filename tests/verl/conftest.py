@@ -21,12 +21,13 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def configs(folder, tmp_path_factory) -> dict[str, Path]:
-    """Folders with the real config.json of the paper's models, a tokenizer and no weights."""
+    """Folders with the real config.json of the paper's models, a tokenizer and an index that lists no weights."""
     out = {}
     for recipe, name in PAPER_MODELS.items():
         out[recipe] = tmp_path_factory.mktemp(recipe)
         architecture = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[NAMED[name]["model_type"]]
         (out[recipe] / "config.json").write_text(json.dumps(NAMED[name] | {"architectures": [architecture]}))
+        (out[recipe] / "model.safetensors.index.json").write_text('{"weight_map": {}}')
         for file in (folder / "model").glob("*token*"):
             shutil.copy(file, out[recipe])
     return out

@@ -1,16 +1,20 @@
 """A run on Megatron: its recipes compose on stock verl, and what cannot work is refused before anything starts."""
 
+import shutil
 from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
 import verl.utils.config
+from huggingface_hub.errors import LocalEntryNotFoundError
 from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass
 from verl_run import PAPER_MODELS, RECIPES
 
 from verl_pte import PTEConfig
+from verl_pte.megatron.base import Weights
 from verl_pte.megatron.config import MERGED, check_model, check_targets
 from verl_pte.verl import components, megatron_checks
 
@@ -201,3 +205,25 @@ def test_modules_to_adapt():
     assert check_targets(PTEConfig(target_modules=["q_proj", "model.layers.0.mlp.up_proj"])) == {"q_proj", "up_proj"}
     with pytest.raises(ValueError, match=r"target_modules=\['w_pack'\]: no such linear"):
         check_targets(PTEConfig(target_modules=["w_pack"]))
+
+
+def test_weights_of_a_model_on_the_hub_are_those_of_its_snapshot(folder, tmp_path, monkeypatch):
+    """As the hub's own client leaves them in its cache; without it, the folder is named that is not there."""
+    snapshot = tmp_path / "models--some--model" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    (tmp_path / "models--some--model" / "refs" / "main").write_text("0123")
+    shutil.copy(folder / "model" / "model.safetensors", snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    ours, file = Weights("some/model"), load_file(folder / "model" / "model.safetensors")
+    assert ours.keys() == file.keys() and all(ours[name][:].equal(file[name]) for name in file)
+    with pytest.raises(LocalEntryNotFoundError):
+        Weights("some/other")
+
+
+def test_a_model_without_safetensors_is_refused_before_anything_starts(folder, tmp_path):
+    shutil.copy(folder / "model" / "config.json", tmp_path)
+    config = composed("pte_grpo_megatron", folder, f"actor_rollout_ref.model.path={tmp_path}")
+    with pytest.raises(ValueError, match=r"model=.*: holds neither model\.safetensors nor model\.safetensors\.index"):
+        validate(config)

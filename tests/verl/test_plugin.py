@@ -9,11 +9,13 @@ import sys
 
 import pytest
 
+from verl_pte.verl.cpu_platform import accelerator_present
+
 BUILD = "from verl_pte.verl.config import PTEModelConfig as C; C(path={path!r}, pte={{'rank': 4}}, lora={{'rank': 4}})"
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess:
-    drop = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS")
+    drop = ("VERL_PLATFORM", "RAY_ADDRESS", "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS")
     clean = {key: value for key, value in os.environ.items() if key not in drop}
     return subprocess.run(
         [sys.executable, "-c", code], env=clean | env, capture_output=True, text=True, timeout=120, cwd="/"
@@ -21,6 +23,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
 
 
 def test_importing_verl_stays_light_and_engines_register_with_the_model_config(folder):
+    device = "cuda" if accelerator_present() else "cpu"
     code = f"""
 import sys, verl
 from verl.plugin.platform import get_platform
@@ -28,7 +31,7 @@ heavy = ("vllm", "megatron", "flash_attn", "peft", "verl.workers.engine", "verl_
 loaded = [m for m in heavy if m in sys.modules]
 assert not loaded, loaded
 assert "verl_pte.verl.plugin" in sys.modules and sys.modules["verl_pte.verl.plugin"].failure is None
-assert get_platform().device_name == "cpu", get_platform()
+assert get_platform().device_name == "{device}", get_platform()
 from verl.workers.engine import EngineRegistry
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 assert "pte_language_model" not in EngineRegistry._engines
@@ -73,7 +76,39 @@ def test_a_missing_plugin_stops_a_pte_run(folder):
     assert "VERL_USE_EXTERNAL_PLUGINS" in run.stderr
 
 
-def test_the_cpu_platform_can_be_asked_for():
-    code = "import verl; from verl.plugin.platform import get_platform; print(get_platform().vendor_name)"
-    run = python(code, VERL_PLATFORM="cpu")
-    assert run.stdout.strip() == "cpu", run.stderr[-3000:]
+PLATFORM = """
+import os, verl
+from verl.plugin.platform import PlatformRegistry
+print(PlatformRegistry.get("cpu") is not None, os.environ.get("VERL_PLATFORM"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("env", "printed"),
+    [
+        ({"VERL_PLATFORM": "cpu"}, "True cpu"),
+        ({"VERL_PLATFORM": "cpu", "RAY_ADDRESS": "10.0.0.1:6379"}, "True cpu"),
+        ({"RAY_ADDRESS": "10.0.0.1:6379"}, "False None"),
+        ({"RAY_ADDRESS": "local"}, f"{not accelerator_present()} {None if accelerator_present() else 'cpu'}"),
+        ({"VERL_PLATFORM": "nvidia"}, "False nvidia"),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value,
+)
+def test_the_cpu_platform_is_for_those_who_ask_and_for_machines_alone(env, printed):
+    """A cluster's head without accelerators keeps what verl would have there, for runs of PTE and any others."""
+    run = python(PLATFORM, **env)
+    assert run.stdout.strip() == printed, run.stderr[-3000:]
+
+
+def test_a_cluster_that_was_started_here_is_found(tmp_path):
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379")
+    assert python(PLATFORM, RAY_TMPDIR=str(tmp_path)).stdout.strip() == "False None"
+
+
+def test_any_of_our_modules_can_be_the_first():
+    code = (
+        "from verl_pte.verl.cpu_platform import PlatformCPU; from verl_pte.verl import plugin; assert not plugin.failure"
+    )
+    run = python(code)
+    assert run.returncode == 0, run.stderr[-3000:]

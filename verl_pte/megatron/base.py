@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -21,12 +22,20 @@ from verl_pte.megatron.adapter import AdaptedLinear
 from verl_pte.megatron.placement import PREFIX, from_all_stages
 
 
-class Weights(Mapping[str, Any]):
-    """The tensors of a model folder by name, as things to slice: ``weights[name][rows]``, ``[:, columns]``, ``[:]``."""
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
-    def __init__(self, folder: str) -> None:
-        index = Path(folder) / "model.safetensors.index.json"
-        single = Path(folder) / "model.safetensors"
+
+class Weights(Mapping[str, Any]):
+    """The tensors of a model by name, as things to slice: ``weights[name][rows]``, ``[:, columns]``, ``[:]``.
+
+    `model` is a folder or a name on the hub. From there a machine's ranks download it together, once.
+    """
+
+    def __init__(self, model: str) -> None:
+        folder = Path(model)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(model, allow_patterns=["model*.safetensors", INDEX]))
+        index, single = folder / INDEX, folder / SINGLE
         if index.is_file():
             self._files = json.loads(index.read_text())["weight_map"]
         elif single.is_file():
@@ -34,10 +43,10 @@ class Weights(Mapping[str, Any]):
                 self._files = dict.fromkeys(file.keys(), single.name)
         else:
             raise ValueError(
-                f"model={folder}: holds neither {single.name} nor {index.name}; save it with "
-                "model.save_pretrained(DIR), or load it from the hub with a revision that has safetensors"
+                f"model={model}: holds neither {SINGLE} nor {INDEX}; save it with model.save_pretrained(DIR), or take "
+                "a model that has safetensors"
             )
-        self._open = {name: safe_open(Path(folder) / name, framework="pt") for name in set(self._files.values())}
+        self._open = {name: safe_open(folder / name, framework="pt") for name in set(self._files.values())}
 
     def __getitem__(self, name: str) -> Any:
         return self._open[self._files[name]].get_slice(name)

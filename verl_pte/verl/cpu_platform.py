@@ -1,7 +1,7 @@
 """verl's hardware platform "cpu": lets the stock trainer run where there is no accelerator.
 
-Registered only there, or when VERL_PLATFORM=cpu asks for it, so that a machine with accelerators is left alone. verl
-counts trainer processes as Ray resources named GPU or NPU, so this platform calls its slots "GPU": a CPU run declares
+Registered when VERL_PLATFORM=cpu asks for it, and by itself on a machine without accelerators that is not part of a Ray
+cluster: the head of a cluster often has none, and its runs are on the accelerators of other machines. verl counts trainer processes as Ray resources named GPU or NPU, so this platform calls its slots "GPU": a CPU run declares
 as many as it wants processes, with ``ray_kwargs.ray_init.num_gpus``.
 
 Left out: profiling, memory counters of a device, IPC. All answer as if there were nothing to count.
@@ -130,7 +130,16 @@ def accelerator_present() -> bool:
 
 def register() -> bool:
     """Register the platform if it is asked for or there is no other; returns whether it was."""
-    if os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu" and accelerator_present():
+    asked = os.environ.get("VERL_PLATFORM", "").strip().lower()
+    if asked != "cpu" and (asked or accelerator_present() or _in_a_cluster()):
         return False
+    os.environ["VERL_PLATFORM"] = "cpu"  # of the Ray workers that this process will start
     PlatformRegistry.register(platform="cpu")(PlatformCPU)
     return True
+
+
+def _in_a_cluster() -> bool:
+    """Whether Ray would join a running cluster, or this is one of its workers, rather than start Ray here."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    joined = os.environ.get("RAY_ADDRESS") or "local"
+    return joined != "local" or os.path.exists(os.path.join(folder, "ray", "ray_current_cluster"))

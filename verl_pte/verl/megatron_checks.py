@@ -1,6 +1,7 @@
 """Checks of a run that trains on Megatron; called by checks.py, messages as there."""
 
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from packaging.version import Version
@@ -73,9 +74,12 @@ def check_megatron(config: Any) -> None:
 
 
 def check_megatron_model(config: Any, hf_config: Any) -> None:
-    """Raise ValueError unless the base model can be spread as configured."""
+    """Raise ValueError unless the base model can be read, and spread as configured."""
+    from verl_pte.megatron.base import Weights
     from verl_pte.megatron.config import check_model
 
+    if Path(config.actor_rollout_ref.model.path).is_dir():  # workers download what is on the hub
+        Weights(config.actor_rollout_ref.model.path)
     engine = config.actor_rollout_ref.actor.megatron
     check_model(hf_config, tensor=engine.tensor_model_parallel_size, pipeline=engine.pipeline_model_parallel_size)
     attention = (config.actor_rollout_ref.model.get("override_config", None) or {}).get("attn_implementation", "sdpa")

@@ -25,13 +25,8 @@ class NativeReplica(RolloutReplica):
     async def launch_servers(self) -> None:
         """Start the server where its worker runs, and wait until its engine is built."""
         assert len(self.workers) == self.world_size == 1, "checks.py admits replicas of one worker only"
-        node, device = await self.workers[0].__ray_call__.remote(_where)
-        env = {}
-        platform = get_platform()
-        if platform.device_name != "cpu":
-            # Set before the process starts: importing verl already fixes which devices it sees.
-            env = {platform.visible_devices_envvar(): device, **platform.rollout_env_vars()}
-            env |= dict.fromkeys(platform.ray_noset_envvars(), "1")
+        node, env = await self.workers[0].__ray_call__.remote(_where)
+        # Set before the process starts: importing verl already fixes which devices it sees.
         options: dict[str, Any] = {"runtime_env": {"env_vars": env}} if env else {}
         server = (
             ray.remote(RolloutServer)
@@ -50,8 +45,14 @@ class NativeReplica(RolloutReplica):
         self._server_address = server_name(self.replica_rank)  # verl's router only needs it to be unique
 
 
-def _where(worker: Any) -> tuple[str, str]:
-    """(node, accelerator) the worker runs on; executed in the worker."""
-    context = ray.get_runtime_context()
-    ids = context.get_accelerator_ids().get(get_platform().ray_resource_name()) or ["0"]
-    return context.get_node_id(), str(ids[0])
+def _where(worker: Any) -> tuple[str, dict[str, str]]:
+    """(node, environment that shows a process the worker's accelerator); executed in the worker.
+
+    Its platform counts, not that of the process that asks, which may run on a head node without accelerators.
+    """
+    context, platform = ray.get_runtime_context(), get_platform()
+    if platform.device_name == "cpu":
+        return context.get_node_id(), {}
+    ids = context.get_accelerator_ids().get(platform.ray_resource_name()) or ["0"]
+    env = {platform.visible_devices_envvar(): str(ids[0]), **platform.rollout_env_vars()}
+    return context.get_node_id(), env | dict.fromkeys(platform.ray_noset_envvars(), "1")
