@@ -231,3 +231,40 @@ def test_adapters_that_are_not_there_or_not_of_this_model(folder, tmp_path):
     )
     make_model(tmp_path / "deep" / "model", num_hidden_layers=3)
     refused(make_adapter(tmp_path / "deep", tmp_path / "adapter3"), r"its '.*layers\.2\..*, this model's missing")
+
+
+def checkpoint(folder, path, step: int = 3, **pte) -> str:
+    """A run's folder whose last checkpoint holds an adapter of settings PTE and `pte`."""
+    make_adapter(folder, path / f"global_step_{step}" / "actor" / "pte_adapter", **pte)
+    (path / "latest_checkpointed_iteration.txt").write_text(str(step))
+    return f"trainer.default_local_dir={path}"
+
+
+def test_a_run_goes_on_under_other_settings_of_the_run_only(folder, tmp_path):
+    validate(folder, checkpoint(folder, tmp_path / "same", window=32))
+    other = checkpoint(folder, tmp_path / "other", alpha=4.0)
+    with pytest.raises(ValueError, match=r"resume_mode=auto goes on from .*alpha=4\.0, the model has alpha=8\.0"):
+        validate(folder, other)
+    validate(folder, other, "trainer.resume_mode=disable")
+    path = [f"trainer.resume_from_path={tmp_path}/other/global_step_3", "trainer.resume_mode=resume_path"]
+    with pytest.raises(ValueError, match=r"resume_mode=resume_path goes on from .*alpha=4\.0"):
+        validate(folder, *path)
+    (tmp_path / "foreign" / "global_step_5" / "actor").mkdir(parents=True)
+    (tmp_path / "foreign" / "latest_checkpointed_iteration.txt").write_text("5")
+    with pytest.raises(ValueError, match=r"goes on from a checkpoint, .*global_step_5/actor/pte_adapter: no such dir"):
+        validate(folder, f"trainer.default_local_dir={tmp_path}/foreign")
+
+
+def test_a_checkpoint_that_goes_before_an_adapter_is_said(folder, tmp_path, caplog):
+    start = f"{MODEL}.lora_adapter_path={make_adapter(folder, tmp_path / 'adapter')}"
+    validate(folder, start, f"trainer.default_local_dir={tmp_path}/new")
+    assert not caplog.records
+    validate(folder, start, checkpoint(folder, tmp_path / "old"))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert f"goes on from {tmp_path}/old/global_step_3, not from" in said and "trainer.experiment_name" in said
+
+
+def test_a_critic_needs_flash_attn(folder, monkeypatch):
+    monkeypatch.setattr("verl_pte.verl.checks._flash_attn_is_installed", lambda: False)
+    with pytest.raises(ValueError, match=r"adv_estimator=gae: needs the package flash-attn"):
+        validate(folder, "data.max_prompt_length=64", recipe="pte_ppo")

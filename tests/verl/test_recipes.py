@@ -48,8 +48,9 @@ def test_the_recipes_are_those_the_table_lists():
 
 @pytest.mark.parametrize("rollout", ROLLOUTS)
 @pytest.mark.parametrize("recipe", GENERAL)
-def test_every_recipe_takes_every_model_and_engine(recipe, rollout, configs):
+def test_every_recipe_takes_every_model_and_engine(recipe, rollout, configs, monkeypatch):
     """The adapter is attached to the model of one real config, on the meta device; the others' recipes are below."""
+    monkeypatch.setattr("verl_pte.verl.checks._flash_attn_is_installed", lambda: True)  # pte_ppo wants it
     for model in PAPER_MODELS:
         config = composed(recipe, f"pte/model={model}", f"pte/rollout={rollout}")
         assert config.actor_rollout_ref.rollout.name == ROLLOUTS[rollout]

@@ -4,6 +4,7 @@ Every message names the key, its value and what would be right. Settings of the 
 it (config.py); here are those between blocks, and what only the model's own config file can tell.
 """
 
+import importlib.util
 from typing import Any
 
 from verl_pte.verl.components import AGENT_LOOP, MODEL_TARGET, ROLLOUT, ROLLOUTS, VLLM_ROLLOUT, is_pte_model
@@ -75,6 +76,11 @@ def _check_trainer(config: Any) -> None:
     require(config, "trainer.use_v1", True, why, prefix="")
     _check_strategy(config)
     _check_attention(config)
+    if config.algorithm.adv_estimator == "gae" and not _flash_attn_is_installed():
+        raise ValueError(
+            "algorithm.adv_estimator=gae: needs the package flash-attn, with which verl loads every critic; install it, "
+            "or use grpo, which has none"
+        )
     for key in ("actor.ulysses_sequence_parallel_size", "actor.fsdp_config.ulysses_sequence_parallel_size"):
         require(
             config.actor_rollout_ref, key, 1, "the replay runs a sequence's segments one after the other on one rank"
@@ -111,6 +117,10 @@ def _check_trainer(config: Any) -> None:
     loop = rollout.agent.get("default_agent_loop", AGENT_LOOP)
     if loop not in (AGENT_LOOP, "single_turn_agent"):
         raise ValueError(f"actor_rollout_ref.rollout.agent.default_agent_loop={loop}: must be {AGENT_LOOP}; {why}")
+
+
+def _flash_attn_is_installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
 
 
 def _check_strategy(config: Any) -> None:
@@ -221,7 +231,7 @@ def _check_model_files(config: Any, pte: Any) -> None:
     from verl.utils.model import update_model_config
 
     from verl_pte.peft import attach
-    from verl_pte.peft.saved import check_fits
+    from verl_pte.verl.start_checks import check_start
 
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     override = plain(model.get("override_config", None) or {})
@@ -244,9 +254,4 @@ def _check_model_files(config: Any, pte: Any) -> None:
         )
     with torch.device("meta"):  # attach knows which architectures and modules it takes; no weights are needed to ask it
         attached = attach(AutoModelForCausalLM.from_config(hf_config), pte)
-    start = model.get("lora_adapter_path", None)
-    if start is not None:
-        try:
-            check_fits(copy_to_local(start, use_shm=model.get("use_shm", False)), attached)
-        except ValueError as error:
-            raise ValueError(f"actor_rollout_ref.model.lora_adapter_path, under model.pte: {error}") from None
+    check_start(config, attached)

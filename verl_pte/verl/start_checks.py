@@ -1,0 +1,57 @@
+"""Checks of what a run starts from: the checkpoint it goes on from, or a saved adapter; called by checks.py.
+
+verl goes on from the last checkpoint in a run's folder under whatever settings it is given now. What shapes the adapter,
+or what is computed with it, has to be what the checkpoint was trained with. Left out: optimizer and data, which are
+verl's to load.
+"""
+
+import logging
+import os
+from typing import Any
+
+from peft import PeftModel
+
+from verl_pte.peft.saved import ADAPTER_FOLDER, check_fits
+
+logger = logging.getLogger(__name__)
+
+
+def check_start(config: Any, attached: PeftModel) -> None:
+    """Raise ValueError unless the run's model can go on from what it is told to.
+
+    `attached` is that model, on any device. Warns where a checkpoint goes before the adapter that was named.
+    """
+    from verl.utils.fs import copy_to_local
+
+    trainer, model = config.trainer, config.actor_rollout_ref.model
+    named, checkpoint = model.get("lora_adapter_path", None), resumed(trainer)
+    if named is not None:
+        local = copy_to_local(named, use_shm=model.get("use_shm", False))
+        _check(local, attached, "actor_rollout_ref.model.lora_adapter_path")
+    if checkpoint is not None:
+        folder = os.path.join(checkpoint, "actor", ADAPTER_FOLDER)
+        _check(folder, attached, f"trainer.resume_mode={trainer.resume_mode} goes on from a checkpoint")
+    if named is not None and checkpoint is not None:
+        logger.warning(
+            "trainer.resume_mode=%s: this run goes on from %s, not from actor_rollout_ref.model.lora_adapter_path=%s. If "
+            "that checkpoint is another run's, set another trainer.experiment_name or trainer.default_local_dir",
+            trainer.resume_mode,
+            checkpoint,
+            named,
+        )
+
+
+def resumed(trainer: Any) -> str | None:
+    """Folder of the checkpoint that verl's trainer will load, None if it starts anew."""
+    from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
+
+    if trainer.resume_mode == "auto":
+        return find_latest_ckpt_path(os.path.abspath(trainer.default_local_dir))
+    return os.path.abspath(trainer.resume_from_path) if trainer.resume_mode == "resume_path" else None
+
+
+def _check(adapter: str, attached: PeftModel, whence: str) -> None:
+    try:
+        check_fits(adapter, attached)
+    except ValueError as error:
+        raise ValueError(f"{whence}, under model.pte: {error}") from None
