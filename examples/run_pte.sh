@@ -8,8 +8,8 @@
 #   MODEL=qwen2.5_3b bash examples/run_pte.sh trainer.logger='[console,wandb]'     further arguments go to verl
 #
 # What is not set is the recipe's. Data come from the hub where they are missing. WARM_START=1 first distils the full-cache base
-# into an adapter (docs/warm_start.md). Started again with the same settings, it goes on from the last checkpoint; with others it
-# wants another OUT.
+# into an adapter (docs/warm_start.md). Started again with the same variables, it goes on from the last checkpoint; with others it
+# wants another OUT. Arguments for verl are not compared.
 set -xeuo pipefail
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -17,7 +17,7 @@ PYTHON=${PYTHON:-python}
 RECIPE=${RECIPE:-pte_grpo}
 MODEL=${MODEL:-any}                 # a file of recipes/pte/model
 GROUP=$REPO/recipes/pte/model/$MODEL.yaml
-MODEL_PATH=${MODEL_PATH:-$(sed -n 's/^ *path: *//p' "$GROUP")}
+MODEL_PATH=${MODEL_PATH:-$(sed -n 's/^    path: *//p' "$GROUP")}  # actor_rollout_ref.model.path
 ROLLOUT=${ROLLOUT:-native}          # or vllm
 ENGINE=${ENGINE:-fsdp2}             # of training; or megatron
 NUM_GPUS=${NUM_GPUS:-8}
@@ -34,6 +34,7 @@ WINDOW=${WINDOW:-1024}
 MAX_PROMPT_LENGTH=${MAX_PROMPT_LENGTH:-1024}
 MAX_RESPONSE_LENGTH=${MAX_RESPONSE_LENGTH:-3072}
 TRAIN_BATCH_SIZE=${TRAIN_BATCH_SIZE:-}  # prompts a step; default: the recipe's
+MINI_BATCH_SIZE=${MINI_BATCH_SIZE:-}    # prompts an update; default: the recipe's share of a step
 N=${N:-}                            # responses a prompt
 LR=${LR:-}
 
@@ -53,15 +54,25 @@ case $RECIPE in
     lora_window) WARM_START_ARGS="--pte freeze_state=true $WARM_START_ARGS" ;;
     global_only) WARM_START_ARGS="--pte update_state=false $WARM_START_ARGS" ;;
 esac
+if [[ -n $TRAIN_BATCH_SIZE && -z $MINI_BATCH_SIZE ]]; then
+    case $RECIPE in
+        pte_dapo | pte_ppo) UPDATES=4 ;;
+        *) UPDATES=1 ;;
+    esac
+    MINI_BATCH_SIZE=$((TRAIN_BATCH_SIZE / UPDATES))
+    [[ $((MINI_BATCH_SIZE * UPDATES)) == "$TRAIN_BATCH_SIZE" ]] ||
+        fail "TRAIN_BATCH_SIZE=$TRAIN_BATCH_SIZE: must be a multiple of $UPDATES, the updates a step of $RECIPE, or set MINI_BATCH_SIZE"
+fi
 for file in "$TRAIN_FILE" "$VAL_FILE"; do
     [[ -z $file || -f $file ]] || fail "$file: no such file (TRAIN_FILE, VAL_FILE)"
 done
 
 # What a checkpoint in OUT was made with. verl would go on from it under any settings.
 mkdir -p "$OUT"
-SETTINGS="RECIPE=$RECIPE MODEL_PATH=$MODEL_PATH ENGINE=$ENGINE NUM_GPUS=$NUM_GPUS WARM_START=$WARM_START WINDOW=$WINDOW
-MAX_PROMPT_LENGTH=$MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH=$MAX_RESPONSE_LENGTH TRAIN_BATCH_SIZE=$TRAIN_BATCH_SIZE N=$N LR=$LR"
-if [[ -f $OUT/settings.txt && $(< "$OUT/settings.txt") != "$SETTINGS" ]]; then
+SETTINGS="RECIPE=$RECIPE MODEL_PATH=$MODEL_PATH FAMILY=$FAMILY TRAIN_FILE=$TRAIN_FILE ENGINE=$ENGINE NUM_GPUS=$NUM_GPUS WARM_START=$WARM_START WINDOW=$WINDOW
+MAX_PROMPT_LENGTH=$MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH=$MAX_RESPONSE_LENGTH TRAIN_BATCH_SIZE=$TRAIN_BATCH_SIZE MINI_BATCH_SIZE=$MINI_BATCH_SIZE N=$N LR=$LR"
+begun() { [[ -e $OUT/warm || -e $OUT/checkpoints/latest_checkpointed_iteration.txt ]]; }
+if begun && [[ -f $OUT/settings.txt && $(< "$OUT/settings.txt") != "$SETTINGS" ]]; then
     fail "OUT=$OUT holds a run with other settings ($(tr '\n' ' ' < "$OUT/settings.txt")): set another OUT, or those"
 fi
 echo "$SETTINGS" > "$OUT/settings.txt"
@@ -91,7 +102,7 @@ MODEL_ARGS=(
 )
 [[ $RECIPE == lora_full ]] || MODEL_ARGS+=(actor_rollout_ref.model.pte.window="$WINDOW")
 ACTOR=(
-    ${TRAIN_BATCH_SIZE:+actor_rollout_ref.actor.ppo_mini_batch_size="$TRAIN_BATCH_SIZE"}
+    ${MINI_BATCH_SIZE:+actor_rollout_ref.actor.ppo_mini_batch_size="$MINI_BATCH_SIZE"}
     ${LR:+actor_rollout_ref.actor.optim.lr="$LR"}
 )
 ROLLOUT_ARGS=(

@@ -62,7 +62,7 @@ TESTED = [
     ("docs/doctor.md", r"verl-pte doctor.*", "tests/test_doctor.py::test_commands_of_the_documentation"),
     ("docs/scale.md", r"verl-pte doctor --for verl --for vllm", "tests/test_doctor.py::test_exit_status"),
     ("docs/export.md", r"verl-pte export .*", "tests/test_export.py::test_commands_of_the_documentation"),
-    ("docs/scale.md", r"verl-pte export checkpoints/math/pte .*", "tests/test_export.py::test_checkpoints_of_a_run"),
+    ("docs/scale.md", r"verl-pte export checkpoints/verl_pte_.*", "tests/test_export.py::test_checkpoints_of_a_run"),
     ("docs/quickstart.md", r"verl-pte (export|generate) .*", "tests/test_commands.py::test_quickstart_page"),
     ("*", r"verl-pte plan .*", "tests/test_commands.py::test_plans"),
     ("*", r"verl-pte evaluate .*", "tests/eval/command/test_refusals.py::test_command_of_the_documentation_runs"),

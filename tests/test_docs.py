@@ -65,9 +65,9 @@ def test_every_knob_is_documented() -> None:
     from verl_pte import PTEConfig
 
     text = (ROOT / "docs" / "configuration.md").read_text()
-    for name in ("rank", "window", "evict_fraction", "update_strength", "reference_cache"):
-        assert name in {n for n, _, _ in PTEConfig.knobs()}
-        assert f"| `{name}` |" in text
+    names = [name for name, _, _ in PTEConfig.knobs()]
+    assert {"rank", "window", "evict_fraction", "update_strength", "reference_cache"} < set(names)
+    assert [name for name in names if f"| `{name}` |" not in text] == []
 
 
 def test_examples_of_concepts_are_right() -> None:
@@ -154,29 +154,34 @@ def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_baselines_of_the_readme_are_settings() -> None:
+    """Those that have a recipe are what the recipe sets."""
     from verl_pte import PTEConfig
 
     section = (
         (ROOT / "README.md").read_text().partition("Baselines are settings")[2].partition("\n\nOn the command line")[0]
     )
-    settings = re.findall(r"`(\w+): (\w+)`", section)
-    assert len(settings) >= 4
-    for key, value in settings:
-        PTEConfig(**{key: yaml.safe_load(value)})
+    recipes = []
+    for run, said in re.findall(r"^\| (.+?) \| (.+?) \|$", section, flags=re.M):
+        settings = {key: yaml.safe_load(value) for key, value in re.findall(r"`(\w+): (\w+)`", said)}
+        PTEConfig(**settings)
+        for recipe in re.findall(r"`(\w+)`", run):
+            content = yaml.safe_load((ROOT / "recipes" / f"{recipe}.yaml").read_text())
+            assert content["actor_rollout_ref"]["model"]["pte"] == settings, recipe
+            recipes.append(recipe)
+    assert recipes == ["lora_full", "lora_window", "global_only"]
 
 
 def test_recipes_are_valid_yaml_with_known_settings() -> None:
     from verl_pte import PTEConfig
 
-    known = {name for name, _, _ in PTEConfig.knobs()}
-    recipes = sorted((ROOT / "recipes").glob("*.yaml"))
-    assert recipes
-    for recipe in recipes:
-        content = yaml.safe_load(recipe.read_text())
-        model = content.get("actor_rollout_ref", {}).get("model", {})
-        assert set(model.get("pte", {})) <= known, recipe.name
+    known, have_some = {name for name, _, _ in PTEConfig.knobs()}, set()
+    for recipe in sorted((ROOT / "recipes").rglob("*.yaml")):
+        pte = (yaml.safe_load(recipe.read_text()) or {}).get("actor_rollout_ref", {}).get("model", {}).get("pte", {})
+        assert set(pte) <= known, recipe.name
+        have_some |= {recipe.stem} if pte else set()
         if recipe.name == "pte_grpo.yaml":  # hydra overrides on the command line only what a recipe lists
-            assert set(model["pte"]) == known
+            assert set(pte) == known
+    assert have_some >= {"pte_grpo", "tiny_cpu", "lora_full"}
 
 
 def test_packages_of_pyproject_are_complete() -> None:

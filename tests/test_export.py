@@ -275,8 +275,8 @@ def test_bfloat16_halves_the_file_and_stays_close(run, tmp_path):
 def test_commands_of_the_documentation(run, warm, tmp_path, monkeypatch):
     """Each as it stands there, where its paths exist."""
     monkeypatch.chdir(tmp_path)
-    Path("checkpoints/math").mkdir(parents=True)
-    shutil.move(run, "checkpoints/math/pte")
+    Path("checkpoints/verl_pte_qwen2.5_3b").mkdir(parents=True)
+    shutil.move(run, "checkpoints/verl_pte_qwen2.5_3b/pte_grpo")
     text = (ROOT / "docs" / "export.md").read_text()
     commands = re.findall(r"^    verl-pte (export .+)$", text, flags=re.M)
     assert len(commands) >= 3

@@ -255,14 +255,51 @@ def test_scripts_leave_to_the_recipe_what_is_not_set(told, tmp_path):
     config = composed("pte_grpo", *(argument for argument in run if "=" in argument and "hydra." not in argument))
     assert config.actor_rollout_ref.actor.strategy == "megatron"
     assert told("run_pte", MODEL="qwen2.5_7b", ENGINE="fsdp", fails="must be fsdp2 or megatron") == []
-    assert told("run_pte", fails="MODEL_PATH is not set, and MODEL=any names none") == []
+    for model in ("any", "tiny_cpu"):
+        assert told("run_pte", MODEL=model, fails=f"MODEL_PATH is not set, and MODEL={model} names none") == []
 
 
-def test_scripts_do_not_mix_runs(told):
+def test_scripts_do_not_mix_runs(told, tmp_path):
+    told("run_qwen2.5_3b", WINDOW="4096")
+    told("run_qwen2.5_3b")  # the first left nothing to go on from
+    (tmp_path / "out" / "checkpoints").mkdir()
+    (tmp_path / "out" / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("50")
     told("run_qwen2.5_3b")
-    told("run_qwen2.5_3b")
-    assert told("run_qwen2.5_3b", WINDOW="2048", fails="holds a run with other settings") == []
+    (tmp_path / "mine.parquet").touch()
+    others = {
+        "WINDOW": "2048",
+        "TRAIN_FILE": str(tmp_path / "mine.parquet"),
+        "FAMILY": "llama3",
+        "MINI_BATCH_SIZE": "8",
+    }
+    for name, value in others.items():
+        assert told("run_qwen2.5_3b", fails="holds a run with other settings", **{name: value}) == []
     assert told("run_qwen2.5_3b_1gpu", fails="NUM_GPUS=8") == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "variables", "size"),
+    [
+        ("pte_grpo", {}, 16),
+        ("pte_dapo", {}, 4),
+        ("pte_ppo", {"TRAIN_BATCH_SIZE": "64"}, 16),
+        ("pte_dapo", {"MINI_BATCH_SIZE": "8"}, 8),
+    ],
+)
+def test_a_smaller_step_of_the_scripts_keeps_the_recipes_updates(told, recipe, variables, size):
+    (*_, run) = told("run_qwen2.5_3b_1gpu", RECIPE=recipe, **variables)
+    assert f"actor_rollout_ref.actor.ppo_mini_batch_size={size}" in run
+    ours = composed(recipe)
+    updates = ours.data.train_batch_size // ours.actor_rollout_ref.actor.ppo_mini_batch_size
+    if "MINI_BATCH_SIZE" not in variables:
+        assert int(variables.get("TRAIN_BATCH_SIZE", 16)) // size == updates
+
+
+def test_a_step_that_cannot_be_cut_into_updates_is_refused(told):
+    assert (
+        told("run_pte", MODEL="qwen2.5_3b", RECIPE="pte_dapo", TRAIN_BATCH_SIZE="6", fails="must be a multiple of 4")
+        == []
+    )
 
 
 @pytest.mark.parametrize(

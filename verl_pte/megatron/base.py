@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from verl_pte.megatron.adapter import AdaptedLinear
 from verl_pte.megatron.placement import PREFIX, from_all_stages
 
-
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 

@@ -78,8 +78,8 @@ def _check_trainer(config: Any) -> None:
     _check_attention(config)
     if config.algorithm.adv_estimator == "gae" and not _flash_attn_is_installed():
         raise ValueError(
-            "algorithm.adv_estimator=gae: needs the package flash-attn, with which verl loads every critic; install it, "
-            "or use grpo, which has none"
+            "algorithm.adv_estimator=gae: needs the package flash-attn, with which verl loads every critic; install "
+            "it, or use grpo, which has none"
         )
     for key in ("actor.ulysses_sequence_parallel_size", "actor.fsdp_config.ulysses_sequence_parallel_size"):
         require(

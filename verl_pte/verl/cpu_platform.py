@@ -1,8 +1,9 @@
 """verl's hardware platform "cpu": lets the stock trainer run where there is no accelerator.
 
 Registered when VERL_PLATFORM=cpu asks for it, and by itself on a machine without accelerators that is not part of a Ray
-cluster: the head of a cluster often has none, and its runs are on the accelerators of other machines. verl counts trainer processes as Ray resources named GPU or NPU, so this platform calls its slots "GPU": a CPU run declares
-as many as it wants processes, with ``ray_kwargs.ray_init.num_gpus``.
+cluster: the head of a cluster often has none, and its runs are on the accelerators of other machines. verl counts
+trainer processes as Ray resources named GPU or NPU, so this platform calls its slots "GPU": a CPU run declares as many
+as it wants processes, with ``ray_kwargs.ray_init.num_gpus``.
 
 Left out: profiling, memory counters of a device, IPC. All answer as if there were nothing to count.
 """

@@ -1,8 +1,8 @@
 """Checks of what a run starts from: the checkpoint it goes on from, or a saved adapter; called by checks.py.
 
-verl goes on from the last checkpoint in a run's folder under whatever settings it is given now. What shapes the adapter,
-or what is computed with it, has to be what the checkpoint was trained with. Left out: optimizer and data, which are
-verl's to load.
+verl goes on from the last checkpoint in a run's folder under whatever settings it is given now. What shapes the
+adapter, or what is computed with it, has to be what the checkpoint was trained with. Left out: optimizer and data,
+which are verl's to load.
 """
 
 import logging
@@ -33,8 +33,8 @@ def check_start(config: Any, attached: PeftModel) -> None:
         _check(folder, attached, f"trainer.resume_mode={trainer.resume_mode} goes on from a checkpoint")
     if named is not None and checkpoint is not None:
         logger.warning(
-            "trainer.resume_mode=%s: this run goes on from %s, not from actor_rollout_ref.model.lora_adapter_path=%s. If "
-            "that checkpoint is another run's, set another trainer.experiment_name or trainer.default_local_dir",
+            "trainer.resume_mode=%s: this run goes on from %s, not from actor_rollout_ref.model.lora_adapter_path=%s. "
+            "If that checkpoint is another run's, set another trainer.experiment_name or trainer.default_local_dir",
             trainer.resume_mode,
             checkpoint,
             named,
