@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tiny import random_tokens, tiny_model, tiny_pte
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 
 from verl_pte.learner import Replay
@@ -26,6 +26,7 @@ CASES = {
 }
 # verl's default, with the cast that the engine adds.
 BF16 = MixedPrecision(torch.bfloat16, reduce_dtype=torch.float32, buffer_dtype=torch.float32, cast_forward_inputs=True)
+BF16_POLICY = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=True)
 
 
 def build(case: str):
@@ -37,10 +38,11 @@ def build(case: str):
 def shard(model, sharding: str):
     """Sharded as verl does it: decoder layers are units, under FSDP1 the adapter's leaves too."""
     layers = decoder_layers(model)
-    if sharding == "fsdp2":
+    if sharding.startswith("fsdp2"):
+        policy = BF16_POLICY if sharding == "fsdp2-bf16" else MixedPrecisionPolicy()
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for module in (*layers, model):
-            fully_shard(module, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
         return model
 
     def is_unit(module):

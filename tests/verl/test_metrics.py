@@ -3,6 +3,7 @@
 import pytest
 import torch
 import verl  # noqa: F401  loads the plugin, and with it the patch
+from verl.trainer.ppo.padding_utils import construct_minimal_padding_template
 from verl.utils.py_functional import rename_dict
 
 from verl_pte.verl.metrics import RolloutFacts, fold, mean_over_sequences
@@ -29,6 +30,23 @@ def test_rollout_facts_are_weighted_by_tokens_and_skip_padding():
             "pte/mismatch_max": 0.3,
         }
     )
+
+
+def test_the_rows_verl_adds_do_not_count_again():
+    """Made by verl itself, from a row whose facts it copies."""
+    row = {"prompts": torch.ones(3).long(), "responses": torch.ones(9).long(), "position_ids": torch.arange(12)}
+    row |= {"response_mask": torch.ones(9), "extra_fields": {"num_evictions": 7, "peak_cache_tokens": 99}}
+    padding, _ = construct_minimal_padding_template(row, {}, 0)
+    assert padding["extra_fields"]["num_evictions"] == 7, "verl no longer copies them"
+    facts = RolloutFacts()
+    facts.add(
+        log_probs=[torch.zeros(9), torch.zeros(1), torch.zeros(1)],
+        rollout_log_probs=None,
+        response_masks=[row["response_mask"], padding["response_mask"], torch.ones(1)],
+        facts=[row["extra_fields"], padding["extra_fields"], {"num_evictions": 1, "peak_cache_tokens": 5}],
+        cache_limits=[None] * 3,
+    )
+    assert facts.reduce(None, "cpu")["pte/evictions_per_seq"] == 4
 
 
 def test_nothing_reported_is_not_zero():

@@ -159,7 +159,9 @@ class Replay:
         d_scores = [None if d is None else nn.functional.pad(d, (0, 1)) for d in (d_log_probs, d_entropy, d_divergence)]
         self.ledger.turn(self.num_calls)
         for index in tqdm(reversed(range(self.num_calls)), desc="gradients", unit="call", disable=not self.progress):
-            if hasattr(self.model, "set_requires_gradient_sync"):  # FSDP2: reduce once, with everything accumulated
+            # FSDP2: reduce once, with everything accumulated. FSDP1 reduces after each call: its no_sync would add up the
+            # calls' gradients in the precision of computation.
+            if hasattr(self.model, "set_requires_gradient_sync"):
                 self.model.set_requires_gradient_sync(last and index == 0)
             call = self.plan.call(index)
             self._backward_call(call, index, d_scores)

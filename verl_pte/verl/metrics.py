@@ -43,7 +43,9 @@ class RolloutFacts:
         """
         for i, limit in enumerate(cache_limits):
             self.maxima["limit"] = max(self.maxima["limit"], limit or 0)
-            if "num_evictions" in facts[i]:  # not in the rows verl adds to fill a batch
+            # The rows verl adds to fill a batch are made from a real one, whose facts they carry; all they do not have
+            # is a token that counts.
+            if "num_evictions" in facts[i] and bool(response_masks[i].any()):
                 self.sums["evictions"] += facts[i]["num_evictions"]
                 self.sums["sequences"] += 1
                 self.maxima["peak"] = max(self.maxima["peak"], facts[i]["peak_cache_tokens"])
