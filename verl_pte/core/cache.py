@@ -42,6 +42,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from verl_pte.core.encoder import ThoughtEncoder
 from verl_pte.core.encoder_stack import EncoderStack
 from verl_pte.core.schedule import Chunk, Schedule
+from verl_pte.core.transfer import upload
 
 # Rows whose evicted keys and values are read at once: bounds the memory that takes. Rows seldom evict together.
 _EVICT_ROWS = 8
@@ -312,7 +313,7 @@ class BoundedCache(ThoughtCache):
             self.lent_LBRR[:, rows_B] = states_LBRR.to(self.lent_LBRR.dtype)
 
     def _tensor(self, values: list) -> Tensor:
-        return torch.tensor(values, device=self.device)
+        return upload(values, self.device)
 
 
 def _refuse_gradients() -> None:

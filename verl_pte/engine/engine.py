@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from verl_pte.core.cache import BoundedCache
 from verl_pte.core.schedule import Schedule
+from verl_pte.core.transfer import upload
 from verl_pte.engine.forward import Forward
 from verl_pte.engine.request import RolloutOutput, RunningSequence
 from verl_pte.engine.sampling import SamplingParams, sample
@@ -262,7 +263,7 @@ class RolloutEngine:
         sequences = [self._running[row] for row in rows]
         prompt_lens = [len(s.prompt) for s in sequences]
         plans = [self.schedule.chunks(n, n, self.config.chunk_tokens) for n in prompt_lens]
-        self._peak_B[torch.tensor(rows, device=self._peak_B.device)] = 0
+        self._peak_B[upload(rows, self._peak_B.device)] = 0
         last: list[Tensor | None] = [None] * len(rows)
         for index in range(max(map(len, plans))):
             busy = [i for i, plan in enumerate(plans) if index < len(plan)]
@@ -270,7 +271,7 @@ class RolloutEngine:
             step = self.cache.plan([rows[i] for i in busy], chunks, [prompt_lens[i] for i in busy])
             width = step.positions.shape[1]
             tokens = [sequences[i].prompt[c.start : c.end] for i, c in zip(busy, chunks, strict=True)]
-            padded = torch.tensor([t + [0] * (width - len(t)) for t in tokens], device=self.cache.device)
+            padded = upload([t + [0] * (width - len(t)) for t in tokens], self.cache.device)
             logits_BV = self._forward.prefill(padded, step)
             for k, i in enumerate(busy):
                 last[i] = logits_BV[k]
@@ -289,10 +290,10 @@ class RolloutEngine:
                 evicting.append(row)
         if evicting:
             self._evict(evicting)
-        logits_BV = self._forward.decode(torch.tensor([tokens, positions], device=self.cache.device))
+        logits_BV = self._forward.decode(upload([tokens, positions], self.cache.device))
         if len(self._running) == self.max_num_seqs:
             return logits_BV
-        return logits_BV[torch.tensor(sorted(self._running), device=logits_BV.device)]
+        return logits_BV[upload(sorted(self._running), logits_BV.device)]
 
     def _evict(self, rows: list[int]) -> None:
         """Oldest tokens leave these rows, as the schedule has it for the tokens they are about to run."""
@@ -311,7 +312,7 @@ class RolloutEngine:
     def _note_peaks(self, rows: list[int]) -> None:
         """What rows hold only grows until they evict or finish: it is counted then."""
         assert self.cache is not None
-        rows_E = torch.tensor(rows, device=self._peak_B.device)
+        rows_E = upload(rows, self._peak_B.device)
         self._peak_B[rows_E] = torch.maximum(self._peak_B[rows_E], self.cache.occupancy(rows_E))
 
     def _take(self, rows: list[int], logits_BV: Tensor) -> list[RolloutOutput]:
@@ -320,10 +321,9 @@ class RolloutEngine:
         uniform = [s.random_stream.random() for s in sequences]
         tokens_B, log_probs_B = sample(logits_BV, [s.params for s in sequences], uniform)
         finished = []
-        for row, sequence, token, log_prob in zip(
-            rows, sequences, tokens_B.tolist(), log_probs_B.tolist(), strict=True
-        ):
-            reason = sequence.append(token, log_prob)
+        drawn_2B = torch.stack((tokens_B.double(), log_probs_B.double()))  # both are exact, and come back at once
+        for row, sequence, token, log_prob in zip(rows, sequences, *drawn_2B.tolist(), strict=True):
+            reason = sequence.append(int(token), log_prob)
             if reason is not None:
                 finished.append(self._finish(row, reason))
         return finished

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from verl_pte.core.transfer import upload
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -57,8 +59,8 @@ def sample(logits_BV: Tensor, params: Sequence[SamplingParams], uniform_B: Seque
     and top-p; greedy rows are scored at temperature 1.
     """
     device = logits_BV.device
-    greedy_B = torch.tensor([p.temperature == 0 for p in params], device=device)
-    temperature_B = torch.tensor([p.temperature or 1.0 for p in params], device=device)
+    greedy_B = upload([p.temperature == 0 for p in params], device)
+    temperature_B = upload([p.temperature or 1.0 for p in params], device)
     log_probs_BV = (logits_BV.float() / temperature_B[:, None]).log_softmax(-1)
     best_B = log_probs_BV.argmax(-1)
     if all(p.temperature == 0 for p in params):
@@ -66,7 +68,7 @@ def sample(logits_BV: Tensor, params: Sequence[SamplingParams], uniform_B: Seque
     else:
         probs_BV = _restrict(log_probs_BV, params).double()
         cumulative_BV = probs_BV.cumsum(-1)
-        u_B = torch.tensor(list(uniform_B), dtype=torch.float64, device=device) * cumulative_BV[:, -1]
+        u_B = upload(uniform_B, device, torch.float64) * cumulative_BV[:, -1]
         drawn_B = torch.searchsorted(cumulative_BV, u_B[:, None], right=True)[:, 0]
         # Rounding may put u on the total: fall back to the last token that can be drawn.
         last_B = probs_BV.shape[-1] - 1 - (probs_BV > 0).flip(-1).int().argmax(-1)
@@ -81,8 +83,8 @@ def _restrict(log_probs_BV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     if all(p.top_p == 1 and p.top_k in (0, -1) for p in params):
         return probs_BV
     device = probs_BV.device
-    k_B = torch.tensor([vocab if p.top_k in (0, -1) else min(p.top_k, vocab) for p in params], device=device)
-    p_B = torch.tensor([p.top_p for p in params], device=device)
+    k_B = upload([vocab if p.top_k in (0, -1) else min(p.top_k, vocab) for p in params], device)
+    p_B = upload([p.top_p for p in params], device)
     sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
     before_BV = sorted_BV.cumsum(-1) - sorted_BV  # probability of everything likelier
     # A row with top_p = 1 keeps everything, whatever its sum rounds to.

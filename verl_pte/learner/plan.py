@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from verl_pte.core.schedule import Chunk, Schedule
+from verl_pte.core.transfer import upload_together
 
 
 @dataclass
@@ -39,8 +40,12 @@ class Call:
     fresh_B: Tensor | None  # sequences that start here; None = none does
     targets_BN: Tensor  # token each position predicts, 0 where none
     response_BN: Tensor  # index of that token in the response; T where none
-    columns: list[int]  # columns of N in which some row predicts a response token
+    columns: Tensor | None  # columns of N in which some row predicts a response token; None = none does
     kept_3M: Tensor  # (row, column of N, position) of every token the call runs
+
+    def slots(self) -> Tensor:
+        """Indices in the response [B, columns] of what the columns that predict something predict."""
+        return self.response_BN[:, :0] if self.columns is None else self.response_BN[:, self.columns]
 
     def mask(self) -> Tensor:
         """bool [B, 1, N, P + N]: the past, then the call itself causally; padding sees only itself."""
@@ -114,22 +119,28 @@ class ReplayPlan:
         any_evicting = bool(evicting_B1.any())
         fresh_B = (start_B1 == 0)[:, 0] & valid_BN[:, 0]
         row_M, column_M = valid_BN.nonzero().T
-        return Call(
-            tokens_BN=self.sequences_BL.gather(1, positions_BN).where(valid_BN, 0).to(self.device),
-            positions_BN=positions_BN.to(self.device),
-            valid_BN=valid_BN.to(self.device),
-            past_BP=past_BP.to(self.device),
-            past_valid_BP=past_valid_BP.to(self.device),
-            same_segment_BP=(past_valid_BP & (past_BP >= segment_start_B1)).to(self.device),
-            evicted_BC=evicted_BC.to(self.device) if any_evicting else None,
-            evicting_B=evicting_B1[:, 0].to(self.device) if any_evicting else None,
+        columns = is_target_BN.any(0).nonzero()[:, 0]
+        call = Call(
+            tokens_BN=self.sequences_BL.gather(1, positions_BN).where(valid_BN, 0),
+            positions_BN=positions_BN,
+            valid_BN=valid_BN,
+            past_BP=past_BP,
+            past_valid_BP=past_valid_BP,
+            same_segment_BP=(past_valid_BP & (past_BP >= segment_start_B1)),
+            evicted_BC=evicted_BC if any_evicting else None,
+            evicting_B=evicting_B1[:, 0] if any_evicting else None,
             num_evicting=int(evicting_B1.sum()),
-            fresh_B=fresh_B.to(self.device) if fresh_B.any() else None,
-            targets_BN=self.sequences_BL.gather(1, positions_BN + 1).where(is_target_BN, 0).to(self.device),
-            response_BN=response_BN.to(self.device),
-            columns=is_target_BN.any(0).nonzero()[:, 0].tolist(),
-            kept_3M=torch.stack([row_M, column_M, positions_BN[row_M, column_M]]).to(self.device),
+            fresh_B=fresh_B if fresh_B.any() else None,
+            targets_BN=self.sequences_BL.gather(1, positions_BN + 1).where(is_target_BN, 0),
+            response_BN=response_BN,
+            columns=columns if len(columns) else None,
+            kept_3M=torch.stack([row_M, column_M, positions_BN[row_M, column_M]]),
         )
+        names = [name for name, value in vars(call).items() if isinstance(value, Tensor)]
+        moved = upload_together([getattr(call, name) for name in names], self.device)
+        for name, tensor in zip(names, moved, strict=True):
+            setattr(call, name, tensor)
+        return call
 
     def _span(self, b: int, chunk: Chunk | None) -> "_Span":
         if chunk is None:

@@ -159,8 +159,8 @@ class Replay:
         d_scores = [None if d is None else nn.functional.pad(d, (0, 1)) for d in (d_log_probs, d_entropy, d_divergence)]
         self.ledger.turn(self.num_calls)
         for index in tqdm(reversed(range(self.num_calls)), desc="gradients", unit="call", disable=not self.progress):
-            # FSDP2: reduce once, with everything accumulated. FSDP1 reduces after each call: its no_sync would add up the
-            # calls' gradients in the precision of computation.
+            # FSDP2: reduce once, with everything accumulated. FSDP1 reduces after each call: its no_sync would add up
+            # the calls' gradients in the precision of computation.
             if hasattr(self.model, "set_requires_gradient_sync"):
                 self.model.set_requires_gradient_sync(last and index == 0)
             call = self.plan.call(index)
@@ -173,7 +173,7 @@ class Replay:
         """Run a call without gradients; keep what it leaves, write its scores to their places in `gathered`."""
         cache = self.ledger.cache(index, call)
         scores = self.scorer(call, cache)
-        slots_BN = call.response_BN[:, call.columns]
+        slots_BN = call.slots()
         for i, found in enumerate(scores[:4]):
             if found is None:
                 continue
@@ -190,7 +190,7 @@ class Replay:
         cache = self.ledger.leaves(index, call)
         with torch.enable_grad():
             scores = self.scorer(call, cache)
-            slots_BN = call.response_BN[:, call.columns]
+            slots_BN = call.slots()
             loss = scores.anchor
             for found_BN, d_found in zip(scores[:3], d_scores, strict=True):
                 if d_found is not None:

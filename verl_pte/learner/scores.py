@@ -5,7 +5,7 @@ Left out: which tokens a call runs (plan.py), and where the scores go (replay.py
 Shape suffixes: B sequences, N predicting columns of a call, T longest response, V vocabulary, M hidden size.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Scorer:
             logits_BNV = self._logits(call, cache)
         finally:
             handle.remove()
-        if not call.columns:  # the output layer ran all the same: under FSDP2 ranks call alike
+        if call.columns is None:  # the output layer ran all the same: under FSDP2 ranks call alike
             empty_BN = logits_BNV.new_zeros(len(call.tokens_BN), 0, dtype=torch.float32)
             return Scores(
                 empty_BN,
@@ -69,20 +69,19 @@ class Scorer:
     def _logits(self, call: Call, cache: CallCache) -> Tensor:
         """Of the predicting columns, in the model's dtype; of the last column where none predicts."""
         config, dtype = self.model.config, next(self.model.parameters()).dtype
-        columns: Any = torch.tensor(call.columns, device=call.tokens_BN.device) if call.columns else 1
         with selected(config, flash.REPLACES):
             return self.model(
                 input_ids=call.tokens_BN,
                 position_ids=call.positions_BN,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=columns,
+                logits_to_keep=1 if call.columns is None else call.columns,
                 **attention_inputs(call.mask(), call.valid_BN, config, dtype),
             ).logits
 
     def _divergence(self, teacher_BTM: Tensor, call: Call, head: nn.Module, log_probs_BNV: Tensor) -> Tensor:
         """KL(teacher || model): [B, N]."""
-        slots_BN = call.response_BN[:, call.columns]
+        slots_BN = call.slots()
         with torch.no_grad():
             # Slots of what predicts nothing lie one past the end; their gradient is zero, any hidden state will do.
             last = teacher_BTM.shape[1] - 1

@@ -10,6 +10,8 @@ Shape suffixes: B sequences, H kv heads, L longest sequence, D head_dim, M token
 import torch
 from torch import Tensor
 
+from verl_pte.core.transfer import upload
+
 
 class KVStore:
     """Keys and values of all tokens of one layer."""
@@ -30,9 +32,10 @@ class KVStore:
 
     def put(self, rows: Tensor, columns: Tensor, positions: Tensor, k_BHND: Tensor, v_BHND: Tensor) -> None:
         """Keep the tokens at ``[rows[i], :, columns[i]]`` of a call as those at `positions[i]` of the sequences."""
-        for buffer, new in ((self.keys, k_BHND), (self.values, v_BHND)):
-            picked_MHD = new.detach()[rows, :, columns].to(buffer.device)
-            buffer[rows.to(buffer.device), :, positions.to(buffer.device)] = picked_MHD
+        picked = [new.detach()[rows, :, columns] for new in (k_BHND, v_BHND)]
+        rows, positions = rows.to(self.keys.device), positions.to(self.keys.device)
+        for buffer, picked_MHD in zip((self.keys, self.values), picked, strict=True):
+            buffer[rows, :, positions] = picked_MHD.to(buffer.device)
 
     def get(self, positions_BM: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values at these positions: [B, H, M, D] each, on the model's device."""
@@ -40,7 +43,7 @@ class KVStore:
             -1, self.keys.shape[1], -1, self.keys.shape[3]
         )
         keys, values = self.keys.gather(2, index_BHMD), self.values.gather(2, index_BHMD)
-        return keys.to(self.device, non_blocking=True), values.to(self.device, non_blocking=True)
+        return (upload(keys, self.device), upload(values, self.device)) if self.on_host else (keys, values)
 
 
 class GradientRing:

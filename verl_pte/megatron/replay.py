@@ -99,8 +99,8 @@ class MegatronReplay:
 
             def collect(logits_BNV: Tensor, non_loss_data: bool) -> None:
                 for into_BT, values_BN in zip(found_2BT, self._scores(call, logits_BNV), strict=True):
-                    if values_BN is not None and call.columns:
-                        into_BT.scatter_(1, call.response_BN[:, call.columns], values_BN)
+                    if values_BN is not None and call.columns is not None:
+                        into_BT.scatter_(1, call.slots(), values_BN)
 
             return output, collect
 
@@ -147,11 +147,11 @@ class MegatronReplay:
 
             def loss(logits_BNV: Tensor) -> tuple[Tensor, dict]:
                 # Calls that predict nothing keep their graph: gradients pass through them to other calls.
-                total = logits_BNV.new_zeros(()) if call.columns else 0.0 * logits_BNV.sum()
+                total = logits_BNV.new_zeros(()) if call.columns is not None else 0.0 * logits_BNV.sum()
                 for values_BN, d_values in zip(self._scores(call, logits_BNV), d_scores, strict=True):
-                    if d_values is not None and call.columns:
+                    if d_values is not None and call.columns is not None:
                         assert values_BN is not None, "a gradient of what this replay was not asked for"
-                        total = total + (values_BN * d_values.gather(1, call.response_BN[:, call.columns])).sum()
+                        total = total + (values_BN * d_values.gather(1, call.slots())).sum()
                 return total * self.plan.num_calls, {}  # the schedule takes a mean over micro-batches
 
             return output, loss
@@ -185,7 +185,7 @@ class MegatronReplay:
             self.gpt.current.set(None)
 
     def _scores(self, call: Call, logits_BNV: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        if not call.columns:
+        if call.columns is None:
             return None, None
         return scores(
             logits_BNV[:, call.columns],

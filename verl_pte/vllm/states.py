@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from verl_pte.core.schedule import Schedule
+from verl_pte.core.transfer import upload
 from verl_pte.vllm.adapter import LayerAdapter, TokenStates
 from verl_pte.vllm.attention import BoundedAttention, Gaps
 
@@ -125,12 +126,12 @@ class ThoughtStates:
     def _update(self, states: TokenStates, fresh: list[int], evicting: list[int], blocks: list[Any]) -> None:
         device = states.slots_T.device
         if fresh:
-            fresh_slots = torch.tensor(fresh, device=device)
+            fresh_slots = upload(fresh, device)
             for adapter, _ in self.layers:
                 states.by_layer_LSRR[adapter.index, fresh_slots] = adapter.initial_RR
         if evicting and self.layers[0][0].config.update_state:
-            slots = torch.tensor(evicting, device=device)
-            blocks_BP = torch.from_numpy(np.stack(blocks)).to(device, torch.long)
+            slots = upload(evicting, device)
+            blocks_BP = upload(np.stack(blocks), device, torch.long)
             for adapter, attention in self.layers:
                 old_BRR = states.by_layer_LSRR[adapter.index, slots]
                 states.by_layer_LSRR[adapter.index, slots] = adapter.after_eviction(
