@@ -4,19 +4,27 @@ import torch
 import torch.distributed as dist
 
 from verl_pte.core.encoder import ThoughtEncoder
+from verl_pte.core.encoder_stack import EncoderStack, HeadShare
 
 HEADS, HEAD_DIM = 2, 8
 
 
-def encoder() -> ThoughtEncoder:
+def encoders() -> list[ThoughtEncoder]:
+    """Of two layers."""
     torch.manual_seed(0)
     options = dict(num_global_tokens=3, update_strength=0.3, update_state=True, normalize="row", attention="linear")
-    return ThoughtEncoder(HEADS * HEAD_DIM, 6, **options).double().requires_grad_(False)
+    return [ThoughtEncoder(HEADS * HEAD_DIM, 6, **options).requires_grad_(False) for _ in range(2)]
 
 
 def evicted() -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of two layers, three sequences and five tokens."""
     torch.manual_seed(1)
-    return torch.randn(2, 5, HEADS * HEAD_DIM).double(), torch.randn(2, 5, HEADS * HEAD_DIM).double()
+    return tuple(torch.randn(2, 2, 3, 5, HEADS * HEAD_DIM))
+
+
+def moved(stack: EncoderStack, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The initial states after these have left."""
+    return stack.after_eviction(stack.initial_LRR[:, None].expand(-1, k.shape[1], -1, -1), k, v)
 
 
 def encode_on_rank(rank: int, world: int, port: int, results) -> None:
@@ -31,5 +39,6 @@ def encode_on_rank(rank: int, world: int, port: int, results) -> None:
         return x
 
     k, v = (t[..., columns] for t in evicted())
-    results.put((rank, encoder().encode_shard(k, v, columns, rank % replicas == 0, all_reduce).tolist()))
+    stack = EncoderStack(encoders(), HeadShare(columns, rank % replicas == 0, all_reduce))
+    results.put((rank, moved(stack, k, v).tolist()))
     dist.destroy_process_group()

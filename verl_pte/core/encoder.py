@@ -19,7 +19,7 @@ Shape suffixes: B sequences, E evicted tokens, K kv heads x head_dim, R rank.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -122,7 +122,7 @@ class ThoughtEncoder(nn.Module):
         return nn.functional.linear(self._matrix("global_queries"), self._matrix("W_Q")).float()
 
     def attend(self, k_BER: Tensor, v_BER: Tensor, q_RR: Tensor | None = None) -> Tensor:
-        """S' from projected keys and values, float32 both; what a rank that holds some of the heads has summed up.
+        """S' from projected keys and values, float32 both; what ranks that hold some of the heads each have summed up.
 
         `q_RR` are this encoder's own queries unless others are given.
         """
@@ -133,24 +133,6 @@ class ThoughtEncoder(nn.Module):
             if self.attention == "softmax":
                 scores_BRE = (scores_BRE / math.sqrt(self.rank)).softmax(-1)
             return scores_BRE @ v_BER
-
-    def encode_shard(
-        self, k_BEK: Tensor, v_BEK: Tensor, columns: slice, counts: bool, all_reduce: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """S' from the kv heads of one rank, where the encoder is whole on every rank: float32 [B, R, R].
-
-        Projections are summed over ranks before they are multiplied: their product is not a sum over heads.
-
-        Args:
-            k_BEK, v_BEK: keys and values of this rank's heads.
-            columns: which columns of W_K and W_V those heads are.
-            counts: False where another rank adds the same heads.
-            all_reduce: sum over ranks.
-        """
-        linear = nn.functional.linear
-        W_K, W_V = self._matrix("W_K")[:, columns], self._matrix("W_V")[:, columns]
-        projected = torch.stack([linear(k_BEK.to(W_K.dtype), W_K).float(), linear(v_BEK.to(W_V.dtype), W_V).float()])
-        return self.attend(*all_reduce(projected if counts else torch.zeros_like(projected)))
 
     def accumulate(self, state_BRR: Tensor, raw_BRR: Tensor) -> Tensor:
         """Normalize(S + S'), with S' rescaled to the update strength."""

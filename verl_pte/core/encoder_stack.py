@@ -1,18 +1,27 @@
 """The thought encoders of all layers as one, for rollouts: one batched product where a loop would make a call a layer.
 
 A snapshot of the weights: whoever holds it makes a new one after they have changed (engine/engine.py does whenever it
-starts from idle, the only time at which they may change). Left out: gradients and sharding, which need the encoders
-themselves, inside their layers' forward.
+starts from idle, the only time at which they may change). Left out: gradients, and encoders whose own weights are
+sharded; both need the encoders themselves, inside their layers' forward.
 
-Shape suffixes: L layers, B sequences, E evicted tokens, K kv heads x head_dim, R rank.
+Shape suffixes: L layers, B sequences, E evicted tokens, K kv heads x head_dim (of this rank), R rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from verl_pte.core.encoder import ThoughtEncoder
+
+
+class HeadShare(NamedTuple):
+    """The kv heads of a rank, where they are spread over ranks and the encoders are whole on each."""
+
+    columns: slice  # of W_K and W_V
+    counts: bool  # False where another rank adds the same heads
+    all_reduce: Callable[[Tensor], Tensor]  # sum over ranks
 
 
 class EncoderStack:
@@ -24,17 +33,21 @@ class EncoderStack:
     """
 
     @torch.no_grad()
-    def __init__(self, encoders: Sequence[ThoughtEncoder]) -> None:
-        self._settings = encoders[0]
+    def __init__(self, encoders: Sequence[ThoughtEncoder], share: HeadShare | None = None) -> None:
+        self._settings, self._share = encoders[0], share
         self.update_state = encoders[0].update_state
         self.initial_LRR = torch.stack([encoder.initial_state(1)[0] for encoder in encoders])
         self.queries_L1RR = torch.stack([encoder.queries() for encoder in encoders])[:, None]
-        self.W_K_LKR = torch.stack([encoder.W_K.weight.T for encoder in encoders])
-        self.W_V_LKR = torch.stack([encoder.W_V.weight.T for encoder in encoders])
+        mine = slice(None) if share is None else share.columns
+        self.W_K_LKR = torch.stack([encoder.W_K.weight[:, mine].T for encoder in encoders])
+        self.W_V_LKR = torch.stack([encoder.W_V.weight[:, mine].T for encoder in encoders])
 
     def after_eviction(self, state_LBRR: Tensor, k_LBEK: Tensor, v_LBEK: Tensor) -> Tensor:
         """States once these keys and values have left: float32 [L, B, R, R]."""
         k_LBER, v_LBER = _project(k_LBEK, self.W_K_LKR), _project(v_LBEK, self.W_V_LKR)
+        if self._share is not None:  # added up before they are multiplied: their product is not a sum over heads
+            both = torch.stack((k_LBER, v_LBER))
+            k_LBER, v_LBER = self._share.all_reduce(both if self._share.counts else torch.zeros_like(both))
         return self._settings.accumulate(state_LBRR, self._settings.attend(k_LBER, v_LBER, self.queries_L1RR))
 
 

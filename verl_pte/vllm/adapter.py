@@ -27,6 +27,7 @@ from vllm.utils.platform_utils import is_pin_memory_available
 
 from verl_pte.config import PTEConfig
 from verl_pte.core.encoder import ThoughtEncoder
+from verl_pte.core.encoder_stack import HeadShare
 from verl_pte.peft.layer import thought_encoder
 
 # vLLM's linears of a decoder layer, and the linears of the checkpoint they are merged from.
@@ -129,7 +130,13 @@ class MergedStateLoRA(nn.Module):
 
 
 class LayerAdapter(nn.Module):
-    """All that PTE adds to one decoder layer: adapters of its linears, its thought encoder, its initial state."""
+    """All that PTE adds to one decoder layer: adapters of its linears, and its thought encoder.
+
+    Attributes:
+        share: which kv heads are this rank's; None where it has all of them.
+    """
+
+    share: HeadShare | None = None
 
     def __init__(self, layer: nn.Module, index: int, config: PTEConfig, states: TokenStates | None) -> None:
         super().__init__()
@@ -146,9 +153,8 @@ class LayerAdapter(nn.Module):
         self.encoder: ThoughtEncoder | None = None
         if states is not None:
             attn: Any = layer.get_submodule("self_attn")
-            self._set_heads(attn)
+            self.share = _share(attn)
             self.encoder = thought_encoder(attn.total_num_kv_heads * attn.head_dim, config).requires_grad_(False)
-            self.register_buffer("initial_RR", torch.zeros(config.rank, config.rank, dtype=torch.float32), False)
 
     @property
     def num_tensors(self) -> int:
@@ -157,29 +163,10 @@ class LayerAdapter(nn.Module):
         encoder = 0 if self.encoder is None else len(list(self.encoder.children()))
         return encoder + sum(2 * len(linear.index) for linear in lora)
 
-    def _set_heads(self, attn: Any) -> None:
-        tp_size, tp_rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-        replicas = max(1, tp_size // attn.total_num_kv_heads)
-        width, start = attn.kv_size, tp_rank // replicas * attn.kv_size
-        self.columns = slice(start, start + width)
-        self.counts = tp_rank % replicas == 0  # a replicated head is summed once
-
     def update(self, name: str, x_TI: Tensor) -> Tensor:
         """The update of a linear for the tokens of the step under way."""
         (states,) = self.states
         return self.linears[name](x_TI, None if states is None else states.of_tokens(self.index, len(x_TI)))
-
-    def refresh(self) -> None:
-        """Compute the initial state again, after weights have changed."""
-        if self.encoder is not None:
-            self.initial_RR.copy_(self.encoder.initial_state(1)[0])
-
-    def after_eviction(self, state_BRR: Tensor, k_BEK: Tensor, v_BEK: Tensor) -> Tensor:
-        """States once these keys and values, of this rank's heads, have left: float32 [B, R, R]."""
-        encoder = self.encoder
-        assert encoder is not None
-        raw_BRR = encoder.encode_shard(k_BEK, v_BEK, self.columns, self.counts, _sum_over_ranks)
-        return encoder.accumulate(state_BRR, raw_BRR)
 
 
 def _is_target(module: str, config: PTEConfig) -> bool:
@@ -189,8 +176,14 @@ def _is_target(module: str, config: PTEConfig) -> bool:
     return any(module == target or module.endswith(f".{target}") for target in config.target_modules)
 
 
-def _sum_over_ranks(x: Tensor) -> Tensor:
-    return tensor_model_parallel_all_reduce(x) if get_tensor_model_parallel_world_size() > 1 else x
+def _share(attn: Any) -> HeadShare | None:
+    tp_size, tp_rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    if tp_size == 1:
+        return None
+    replicas = max(1, tp_size // attn.total_num_kv_heads)
+    start = tp_rank // replicas * attn.kv_size
+    # A replicated head is summed once.
+    return HeadShare(slice(start, start + attn.kv_size), tp_rank % replicas == 0, tensor_model_parallel_all_reduce)
 
 
 def _adding(adapter: LayerAdapter, name: str) -> Callable:

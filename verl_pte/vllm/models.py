@@ -79,8 +79,7 @@ class ThoughtModel(nn.Module):
             if self.settings.adapter is not None:
                 self._load_adapter(Path(self.settings.adapter))
         loaded: set[str] = set(super().load_weights(self._base_weights(weights)) or ())
-        for adapter in self.adapters:
-            adapter.refresh()
+        self.thoughts.forget_weights()
         # vLLM checks that no parameter is left as it was; the adapter's have their initial values by right.
         return loaded | {name for name, _ in self.named_parameters() if ".pte." in name}
 

@@ -11,15 +11,18 @@ and its state with it.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
+from verl_pte.core.encoder_stack import EncoderStack
 from verl_pte.core.schedule import Schedule
 from verl_pte.core.transfer import upload
 from verl_pte.vllm.adapter import LayerAdapter, TokenStates
 from verl_pte.vllm.attention import BoundedAttention, Gaps
+
+# Requests whose evicted keys and values are read at once, of all layers: bounds the memory that takes.
+_EVICT_REQUESTS = 8
 
 
 @dataclass
@@ -55,6 +58,7 @@ class ThoughtStates:
         self.running: dict[str, Running] = {}
         self.free = list(range(num_slots, 0, -1))
         self._filled = 0
+        self._encoders: EncoderStack | None = None
 
     def release(self, request_ids: Iterable[str]) -> None:
         """Take slots back, from finished and preempted requests; ids without one are passed over."""
@@ -123,17 +127,23 @@ class ThoughtStates:
         self.states.slots_T[:count].copy_(host_T[:count], non_blocking=True)
         self._filled = len(slots)
 
-    def _update(self, states: TokenStates, fresh: list[int], evicting: list[int], blocks: list[Any]) -> None:
-        device = states.slots_T.device
+    def forget_weights(self) -> None:
+        """The encoders' weights have changed: what was computed from them is computed again when it is needed."""
+        self._encoders = None
+
+    def _update(self, states: TokenStates, fresh: list[int], evicting: list[int], blocks: list[np.ndarray]) -> None:
+        if not fresh and not evicting:
+            return
+        if self._encoders is None:
+            adapters = [adapter for adapter, _ in self.layers]
+            encoders = [adapter.encoder for adapter in adapters if adapter.encoder is not None]
+            self._encoders = EncoderStack(encoders, adapters[0].share)
+        stack, device = self._encoders, states.slots_T.device
         if fresh:
-            fresh_slots = upload(fresh, device)
-            for adapter, _ in self.layers:
-                states.by_layer_LSRR[adapter.index, fresh_slots] = adapter.initial_RR
-        if evicting and self.layers[0][0].config.update_state:
-            slots = upload(evicting, device)
-            blocks_BP = upload(np.stack(blocks), device, torch.long)
-            for adapter, attention in self.layers:
-                old_BRR = states.by_layer_LSRR[adapter.index, slots]
-                states.by_layer_LSRR[adapter.index, slots] = adapter.after_eviction(
-                    old_BRR, *attention.read_blocks(blocks_BP)
-                )
+            states.by_layer_LSRR[:, upload(fresh, device)] = stack.initial_LRR[:, None]
+        for start in range(0, len(evicting) if stack.update_state else 0, _EVICT_REQUESTS):
+            some = slice(start, start + _EVICT_REQUESTS)
+            slots_B = upload(evicting[some], device)
+            blocks_BP = upload(np.stack(blocks[some]), device, torch.long)
+            k_LBEK, v_LBEK = map(torch.stack, zip(*(a.read_blocks(blocks_BP) for _, a in self.layers), strict=True))
+            states.by_layer_LSRR[:, slots_B] = stack.after_eviction(states.by_layer_LSRR[:, slots_B], k_LBEK, v_LBEK)
