@@ -57,7 +57,7 @@ class Run:
     arrive_at: list[int] = field(default_factory=list)  # step after which each request is added; by default all at once
     priorities: list[int] = field(default_factory=list)  # of each request, 0 comes first; by default first come first
     kv_cache_bytes: int = 1 << 26
-    weights: str | None = None  # safetensors file sent before the first request
+    weights: str | None = None  # safetensors file sent before the requests, after one of its own
 
 
 def write_model(folder: Path, arch: str, window: int | None, kv_heads: int = 2, **knobs) -> tuple[PeftModel, str, str]:
@@ -134,6 +134,11 @@ def answer(run: Run) -> dict:
     if run.weights is not None:
         from safetensors.torch import load_file
 
+        # Under the old weights, past an eviction: nothing that was computed from them may be used afterwards.
+        old = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True, detokenize=False)
+        llm.add_request("old", {"prompt_token_ids": run.prompts[0]}, old)
+        while llm.has_unfinished_requests():
+            llm.step()
         model = core.model_executor.driver_worker.worker.model_runner.get_model()
         model.load_weights(load_file(run.weights).items())
         llm.reset_prefix_cache()
