@@ -8,8 +8,8 @@
 #   MODEL=qwen2.5_3b bash examples/run_pte.sh trainer.logger='[console,wandb]'     further arguments go to verl
 #
 # What is not set is the recipe's. Data come from the hub where they are missing. WARM_START=1 first distils the full-cache base
-# into an adapter (docs/warm_start.md). Started again with the same variables, it goes on from the last checkpoint; with others it
-# wants another OUT. Arguments for verl are not compared.
+# into an adapter (docs/warm_start.md). Started again with the same OUT, it goes on from the last checkpoint, and refuses if what
+# the checkpoint was made with has changed: recipe, model, data, lengths, window, sizes, learning rate. Arguments for verl are not compared.
 set -xeuo pipefail
 
 REPO=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -69,7 +69,7 @@ done
 
 # What a checkpoint in OUT was made with. verl would go on from it under any settings.
 mkdir -p "$OUT"
-SETTINGS="RECIPE=$RECIPE MODEL_PATH=$MODEL_PATH FAMILY=$FAMILY TRAIN_FILE=$TRAIN_FILE ENGINE=$ENGINE NUM_GPUS=$NUM_GPUS WARM_START=$WARM_START WINDOW=$WINDOW
+SETTINGS="RECIPE=$RECIPE MODEL_PATH=$MODEL_PATH FAMILY=$FAMILY TRAIN_FILE=${TRAIN_FILE:-$DATA_DIR/dapo-math-17k.parquet} ENGINE=$ENGINE NUM_GPUS=$NUM_GPUS WARM_START=$WARM_START WINDOW=$WINDOW
 MAX_PROMPT_LENGTH=$MAX_PROMPT_LENGTH MAX_RESPONSE_LENGTH=$MAX_RESPONSE_LENGTH TRAIN_BATCH_SIZE=$TRAIN_BATCH_SIZE MINI_BATCH_SIZE=$MINI_BATCH_SIZE N=$N LR=$LR"
 begun() { [[ -e $OUT/warm || -e $OUT/checkpoints/latest_checkpointed_iteration.txt ]]; }
 if begun && [[ -f $OUT/settings.txt && $(< "$OUT/settings.txt") != "$SETTINGS" ]]; then

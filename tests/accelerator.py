@@ -84,8 +84,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     there = _is_ours(kwargs.get("device"))
     if func is _aten._to_copy.default:
         if kwargs.get("device") is not None:
-            if there != bool(ours) and not kwargs.get("non_blocking", False):
-                _waits_for("copy")
+            if there != bool(ours):
+                _crosses(args[0], kwargs.get("non_blocking", False))
         else:
             there = bool(ours)
     elif func is _aten.copy_.default:
@@ -117,6 +117,20 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return known[id(out)] if id(out) in known else SimTensor(out) if isinstance(out, Tensor) else out
 
     return pytree.tree_map(wrapped, found)
+
+
+def _crosses(tensor: Tensor, non_blocking: bool) -> None:
+    """A copy between host and device; only one from pinned memory does not wait."""
+    if non_blocking and isinstance(tensor, SimTensor):
+        raise RuntimeError(f"numbers that are read before they have come, at {_place()}")
+    if not (non_blocking and getattr(tensor, "pinned", False)):
+        _waits_for("copy")
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor.pinned = True
+    return tensor
 
 
 def _is_ours(device: Any) -> bool:
@@ -168,5 +182,6 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 
 
 torch.tensor, torch.as_tensor = _constructor(torch.tensor), _constructor(torch.as_tensor)  # type: ignore[assignment]
+Tensor.pin_memory = _pinned  # type: ignore[method-assign]
 F.scaled_dot_product_attention = _attention
 torch.amp.is_autocast_available = lambda device: device != NAME

@@ -10,9 +10,9 @@ HEADS, HEAD_DIM = 2, 8
 
 
 def encoders() -> list[ThoughtEncoder]:
-    """Of two layers."""
+    """Of two layers, with the literal update: a rescaled one would hide a head that is added twice."""
     torch.manual_seed(0)
-    options = dict(num_global_tokens=3, update_strength=0.3, update_state=True, normalize="row", attention="linear")
+    options = dict(num_global_tokens=3, update_strength=None, update_state=True, normalize="row", attention="linear")
     return [ThoughtEncoder(HEADS * HEAD_DIM, 6, **options).requires_grad_(False) for _ in range(2)]
 
 

@@ -192,6 +192,8 @@ def test_stack_is_the_encoders(knobs):
     k_LBEK, v_LBEK = torch.randn(2, 2, 3, 4, 16)
     state_LBRR = stack.initial_LRR[:, None].expand(-1, 3, -1, -1)
     moved = stack.after_eviction(state_LBRR, k_LBEK, v_LBEK)
+    by_layer = stack.after_eviction_by_layer(state_LBRR, zip(k_LBEK, v_LBEK, strict=True))
+    assert torch.allclose(by_layer, moved, atol=1e-6)
     for layer, encoder in enumerate(encoders):
         initial = encoder.initial_state(3)
         assert torch.allclose(state_LBRR[layer], initial, atol=1e-6)

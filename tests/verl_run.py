@@ -130,6 +130,7 @@ def command(folder: Path, name: str, *more: str, recipe: str = "pte_tiny_cpu") -
     # Only what any user's shell would have: the plugin must be found through its entry point.
     drop = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS")
     env = {key: value for key, value in os.environ.items() if key not in drop} | {"VERL_FILE_LOGGER_PATH": str(log)}
+    env["RAY_ADDRESS"] = "local"  # whatever else runs on this machine
     if accelerator_present():  # else the plugin sees to it
         env["VERL_PLATFORM"] = "cpu"
     arguments = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(RECIPES), "--config-name", recipe]

@@ -249,6 +249,8 @@ def test_a_run_goes_on_under_other_settings_of_the_run_only(folder, tmp_path):
     path = [f"trainer.resume_from_path={tmp_path}/other/global_step_3", "trainer.resume_mode=resume_path"]
     with pytest.raises(ValueError, match=r"resume_mode=resume_path goes on from .*alpha=4\.0"):
         validate(folder, *path)
+    with pytest.raises(ValueError, match=r"trainer\.resume_from_path=None: must be a checkpoint's folder"):
+        validate(folder, "trainer.resume_mode=resume_path")
     (tmp_path / "foreign" / "global_step_5" / "actor").mkdir(parents=True)
     (tmp_path / "foreign" / "latest_checkpointed_iteration.txt").write_text("5")
     with pytest.raises(ValueError, match=r"goes on from a checkpoint, .*global_step_5/actor/pte_adapter: no such dir"):
@@ -266,5 +268,7 @@ def test_a_checkpoint_that_goes_before_an_adapter_is_said(folder, tmp_path, capl
 
 def test_a_critic_needs_flash_attn(folder, monkeypatch):
     monkeypatch.setattr("verl_pte.verl.checks._flash_attn_is_installed", lambda: False)
-    with pytest.raises(ValueError, match=r"adv_estimator=gae: needs the package flash-attn"):
+    with pytest.raises(ValueError, match=r"adv_estimator=gae, .*needs the package flash-attn"):
         validate(folder, "data.max_prompt_length=64", recipe="pte_ppo")
+    with pytest.raises(ValueError, match=r"adv_estimator=grpo, critic\.enable=True: needs the package flash-attn"):
+        validate(folder, "critic.enable=true")

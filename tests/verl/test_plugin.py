@@ -15,10 +15,16 @@ BUILD = "from verl_pte.verl.config import PTEModelConfig as C; C(path={path!r}, 
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess:
-    drop = ("VERL_PLATFORM", "RAY_ADDRESS", "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS")
+    """Of a machine that is part of no Ray cluster, unless `env` says so."""
+    drop = ("VERL_PLATFORM", "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS")
     clean = {key: value for key, value in os.environ.items() if key not in drop}
     return subprocess.run(
-        [sys.executable, "-c", code], env=clean | env, capture_output=True, text=True, timeout=120, cwd="/"
+        [sys.executable, "-c", code],
+        env=clean | {"RAY_ADDRESS": "local"} | env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd="/",
     )
 
 
@@ -103,7 +109,7 @@ def test_the_cpu_platform_is_for_those_who_ask_and_for_machines_alone(env, print
 def test_a_cluster_that_was_started_here_is_found(tmp_path):
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379")
-    assert python(PLATFORM, RAY_TMPDIR=str(tmp_path)).stdout.strip() == "False None"
+    assert python(PLATFORM, RAY_TMPDIR=str(tmp_path), RAY_ADDRESS="").stdout.strip() == "False None"
 
 
 def test_any_of_our_modules_can_be_the_first():

@@ -271,6 +271,7 @@ def test_scripts_do_not_mix_runs(told, tmp_path):
         "TRAIN_FILE": str(tmp_path / "mine.parquet"),
         "FAMILY": "llama3",
         "MINI_BATCH_SIZE": "8",
+        "DATA_DIR": str(tmp_path),
     }
     for name, value in others.items():
         assert told("run_qwen2.5_3b", fails="holds a run with other settings", **{name: value}) == []

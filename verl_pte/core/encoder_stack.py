@@ -7,7 +7,7 @@ sharded; both need the encoders themselves, inside their layers' forward.
 Shape suffixes: L layers, B sequences, E evicted tokens, K kv heads x head_dim (of this rank), R rank.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,7 +44,17 @@ class EncoderStack:
 
     def after_eviction(self, state_LBRR: Tensor, k_LBEK: Tensor, v_LBEK: Tensor) -> Tensor:
         """States once these keys and values have left: float32 [L, B, R, R]."""
-        k_LBER, v_LBER = _project(k_LBEK, self.W_K_LKR), _project(v_LBEK, self.W_V_LKR)
+        return self._moved(state_LBRR, _project(k_LBEK, self.W_K_LKR), _project(v_LBEK, self.W_V_LKR))
+
+    def after_eviction_by_layer(self, state_LBRR: Tensor, evicted: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+        """The same from (keys, values) [B, E, K] of one layer after the other: one layer's are held at a time."""
+        projected = [
+            torch.stack((_project(k_BEK[None], W_K_KR[None]), _project(v_BEK[None], W_V_KR[None])))
+            for (k_BEK, v_BEK), W_K_KR, W_V_KR in zip(evicted, self.W_K_LKR, self.W_V_LKR, strict=True)
+        ]
+        return self._moved(state_LBRR, *torch.cat(projected, dim=1))
+
+    def _moved(self, state_LBRR: Tensor, k_LBER: Tensor, v_LBER: Tensor) -> Tensor:
         if self._share is not None:  # added up before they are multiplied: their product is not a sum over heads
             both = torch.stack((k_LBER, v_LBER))
             k_LBER, v_LBER = self._share.all_reduce(both if self._share.counts else torch.zeros_like(both))

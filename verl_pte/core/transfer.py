@@ -17,7 +17,7 @@ def upload(
 ) -> Tensor:
     """Numbers, an array or a tensor on the host, as a tensor on `device`."""
     host = torch.as_tensor(values, dtype=dtype)
-    if device.type == "cuda":  # its allocator keeps pinned memory for reuse until the copy is done
+    if device.type not in ("cpu", "meta"):  # the allocator keeps pinned memory for reuse until the copy is done
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
 

@@ -68,6 +68,8 @@ def check_run(config: Any) -> None:
 
 
 def _check_trainer(config: Any) -> None:
+    from verl.trainer.ppo.utils import need_critic
+
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     why = (
         "the legacy trainer does not tell the agent loop which of a prompt's responses it generates, and all n of them "
@@ -76,10 +78,10 @@ def _check_trainer(config: Any) -> None:
     require(config, "trainer.use_v1", True, why, prefix="")
     _check_strategy(config)
     _check_attention(config)
-    if config.algorithm.adv_estimator == "gae" and not _flash_attn_is_installed():
+    if need_critic(config) and not _flash_attn_is_installed():
         raise ValueError(
-            "algorithm.adv_estimator=gae: needs the package flash-attn, with which verl loads every critic; install "
-            "it, or use grpo, which has none"
+            f"algorithm.adv_estimator={config.algorithm.adv_estimator}, critic.enable={config.critic.enable}: needs "
+            "the package flash-attn, with which verl loads every critic; install it, or use grpo, which has none"
         )
     for key in ("actor.ulysses_sequence_parallel_size", "actor.fsdp_config.ulysses_sequence_parallel_size"):
         require(

@@ -141,6 +141,8 @@ def register() -> bool:
 
 def _in_a_cluster() -> bool:
     """Whether Ray would join a running cluster, or this is one of its workers, rather than start Ray here."""
+    address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address != "auto":
+        return address != "local"
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    joined = os.environ.get("RAY_ADDRESS") or "local"
-    return joined != "local" or os.path.exists(os.path.join(folder, "ray", "ray_current_cluster"))
+    return os.path.exists(os.path.join(folder, "ray", "ray_current_cluster"))

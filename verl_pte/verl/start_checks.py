@@ -28,7 +28,7 @@ def check_start(config: Any, attached: PeftModel) -> None:
     if named is not None:
         local = copy_to_local(named, use_shm=model.get("use_shm", False))
         _check(local, attached, "actor_rollout_ref.model.lora_adapter_path")
-    if checkpoint is not None:
+    if checkpoint is not None and os.path.isdir(os.path.join(checkpoint, "actor")):  # else on the workers' disks
         folder = os.path.join(checkpoint, "actor", ADAPTER_FOLDER)
         _check(folder, attached, f"trainer.resume_mode={trainer.resume_mode} goes on from a checkpoint")
     if named is not None and checkpoint is not None:
@@ -47,7 +47,15 @@ def resumed(trainer: Any) -> str | None:
 
     if trainer.resume_mode == "auto":
         return find_latest_ckpt_path(os.path.abspath(trainer.default_local_dir))
-    return os.path.abspath(trainer.resume_from_path) if trainer.resume_mode == "resume_path" else None
+    if trainer.resume_mode != "resume_path":
+        return None
+    path = trainer.get("resume_from_path", None)
+    if not isinstance(path, str) or "global_step_" not in path:
+        raise ValueError(
+            f"trainer.resume_from_path={path!r}: must be a checkpoint's folder .../global_step_N with "
+            "trainer.resume_mode=resume_path"
+        )
+    return os.path.abspath(path)
 
 
 def _check(adapter: str, attached: PeftModel, whence: str) -> None:

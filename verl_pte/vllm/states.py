@@ -21,7 +21,7 @@ from verl_pte.core.transfer import upload
 from verl_pte.vllm.adapter import LayerAdapter, TokenStates
 from verl_pte.vllm.attention import BoundedAttention, Gaps
 
-# Requests whose evicted keys and values are read at once, of all layers: bounds the memory that takes.
+# Requests whose evicted keys and values are read at once: bounds the memory that takes.
 _EVICT_REQUESTS = 8
 
 
@@ -145,5 +145,6 @@ class ThoughtStates:
             some = slice(start, start + _EVICT_REQUESTS)
             slots_B = upload(evicting[some], device)
             blocks_BP = upload(np.stack(blocks[some]), device, torch.long)
-            k_LBEK, v_LBEK = map(torch.stack, zip(*(a.read_blocks(blocks_BP) for _, a in self.layers), strict=True))
-            states.by_layer_LSRR[:, slots_B] = stack.after_eviction(states.by_layer_LSRR[:, slots_B], k_LBEK, v_LBEK)
+            evicted = (attention.read_blocks(blocks_BP) for _, attention in self.layers)
+            moved_LBRR = stack.after_eviction_by_layer(states.by_layer_LSRR[:, slots_B], evicted)
+            states.by_layer_LSRR[:, slots_B] = moved_LBRR
