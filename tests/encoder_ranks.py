@@ -23,8 +23,9 @@ def evicted() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def moved(stack: EncoderStack, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The initial states after these have left."""
-    return stack.after_eviction(stack.initial_LRR[:, None].expand(-1, k.shape[1], -1, -1), k, v)
+    """The initial states after these have left, as the vLLM engine asks for them."""
+    initial = stack.initial_LRR[:, None].expand(-1, k.shape[1], -1, -1)
+    return stack.after_eviction_by_layer(initial, zip(k, v, strict=True))
 
 
 def encode_on_rank(rank: int, world: int, port: int, results) -> None:

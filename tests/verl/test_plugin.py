@@ -6,8 +6,10 @@ Each in a fresh interpreter.
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from ray._common.utils import get_ray_address_file
 
 from verl_pte.verl.cpu_platform import accelerator_present
 
@@ -106,9 +108,12 @@ def test_the_cpu_platform_is_for_those_who_ask_and_for_machines_alone(env, print
     assert run.stdout.strip() == printed, run.stderr[-3000:]
 
 
-def test_a_cluster_that_was_started_here_is_found(tmp_path):
-    (tmp_path / "ray").mkdir()
-    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379")
+def test_a_cluster_that_was_started_here_is_found(tmp_path, monkeypatch):
+    """By the file that `ray start` leaves, where Ray says it is."""
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    file = Path(get_ray_address_file(None))
+    file.parent.mkdir()
+    file.write_text("10.0.0.1:6379")
     assert python(PLATFORM, RAY_TMPDIR=str(tmp_path), RAY_ADDRESS="").stdout.strip() == "False None"
 
 

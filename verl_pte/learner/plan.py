@@ -126,7 +126,7 @@ class ReplayPlan:
             valid_BN=valid_BN,
             past_BP=past_BP,
             past_valid_BP=past_valid_BP,
-            same_segment_BP=(past_valid_BP & (past_BP >= segment_start_B1)),
+            same_segment_BP=past_valid_BP & (past_BP >= segment_start_B1),
             evicted_BC=evicted_BC if any_evicting else None,
             evicting_B=evicting_B1[:, 0] if any_evicting else None,
             num_evicting=int(evicting_B1.sum()),

@@ -140,7 +140,7 @@ class LayerAdapter(nn.Module):
 
     def __init__(self, layer: nn.Module, index: int, config: PTEConfig, states: TokenStates | None) -> None:
         super().__init__()
-        self.index, self.config = index, config
+        self.index = index
         self.states = (states,)  # in a tuple: registered once, by the model
         self.linears = nn.ModuleDict()
         for path, parts in LINEARS.items():
