@@ -2,6 +2,8 @@
 what is right.
 """
 
+import warnings
+
 import pytest
 import verl.utils.config
 import yaml
@@ -257,13 +259,13 @@ def test_a_run_goes_on_under_other_settings_of_the_run_only(folder, tmp_path):
         validate(folder, f"trainer.default_local_dir={tmp_path}/foreign")
 
 
-def test_a_checkpoint_that_goes_before_an_adapter_is_said(folder, tmp_path, caplog):
+def test_a_checkpoint_that_goes_before_an_adapter_is_said(folder, tmp_path):
     start = f"{MODEL}.lora_adapter_path={make_adapter(folder, tmp_path / 'adapter')}"
-    validate(folder, start, f"trainer.default_local_dir={tmp_path}/new")
-    assert not caplog.records
-    validate(folder, start, checkpoint(folder, tmp_path / "old"))
-    (said,) = [record.getMessage() for record in caplog.records]
-    assert f"goes on from {tmp_path}/old/global_step_3, not from" in said and "trainer.experiment_name" in said
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*goes on from")
+        validate(folder, start, f"trainer.default_local_dir={tmp_path}/new")
+    with pytest.warns(UserWarning, match=f"goes on from {tmp_path}/old/global_step_3, not from .*experiment_name"):
+        validate(folder, start, checkpoint(folder, tmp_path / "old"))
 
 
 def test_a_critic_needs_flash_attn(folder, monkeypatch):

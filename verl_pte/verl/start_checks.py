@@ -5,15 +5,13 @@ adapter, or what is computed with it, has to be what the checkpoint was trained 
 which are verl's to load.
 """
 
-import logging
 import os
+import warnings
 from typing import Any
 
 from peft import PeftModel
 
 from verl_pte.peft.saved import ADAPTER_FOLDER, check_fits
-
-logger = logging.getLogger(__name__)
 
 
 def check_start(config: Any, attached: PeftModel) -> None:
@@ -32,12 +30,11 @@ def check_start(config: Any, attached: PeftModel) -> None:
         folder = os.path.join(checkpoint, "actor", ADAPTER_FOLDER)
         _check(folder, attached, f"trainer.resume_mode={trainer.resume_mode} goes on from a checkpoint")
     if named is not None and checkpoint is not None:
-        logger.warning(
-            "trainer.resume_mode=%s: this run goes on from %s, not from actor_rollout_ref.model.lora_adapter_path=%s. "
-            "If that checkpoint is another run's, set another trainer.experiment_name or trainer.default_local_dir",
-            trainer.resume_mode,
-            checkpoint,
-            named,
+        warnings.warn(  # not a log record: importing vLLM sets the root logger to errors alone
+            f"trainer.resume_mode={trainer.resume_mode}: this run goes on from {checkpoint}, not from "
+            f"actor_rollout_ref.model.lora_adapter_path={named}. If that checkpoint is another run's, set another "
+            "trainer.experiment_name or trainer.default_local_dir",
+            stacklevel=2,
         )
 
 
