@@ -14,6 +14,7 @@ from verl_pte.bench.learning.tasks import KINDS
 
 FULL_BASE = BaseSettings(longest=64, steps=5000)
 FAR = (24, 32, 40, 48, 56, 64)  # work steps of two tokens each
+WITHIN = (4, 8, 12, 16, 20)  # up to the longest that are trained
 FURTHER = (10, 48)  # work steps; those of other cells are 10 to 20
 NARROW = {"window": 8, "block_size": 2}  # under which FAR is up to 18 windows
 TRAINED = tuple(m for m in METHODS if m != "base")
@@ -48,6 +49,7 @@ def full(seeds: int) -> list[Cell]:
         (_distilled_longer, every),
         (_distilled_further, every),
         (_in_verl, first),
+        (_reward_alone, every),
         (_from_scratch, every),
         (_sweeps, every),
         (_ways_after_warm, first),
@@ -80,10 +82,11 @@ def _distilled(seed: int) -> Iterator[Cell]:
 
 
 def _distilled_longer(seed: int) -> Iterator[Cell]:
-    """Twice as long: after 400 steps PTE's answers on the kept base of lookup still rise."""
+    """Twice as long: after 400 steps PTE's answers on the kept base of lookup still rise. There at every distance."""
     for task in KINDS:
         for method in ("pte", "lora_c") if seed == 0 else ("pte",):
-            yield Cell(task, method, "distilled", seed, steps=800, base=FULL_BASE)
+            far = WITHIN + FAR if task == "lookup" else ()
+            yield Cell(task, method, "distilled", seed, steps=800, far=far, base=FULL_BASE)
 
 
 def _distilled_further(seed: int) -> Iterator[Cell]:
@@ -105,6 +108,12 @@ def _kl_alone(seed: int) -> Iterator[Cell]:
         yield Cell(task, "pte", seed=seed, base=FULL_BASE, **AFTER_WARM, rewarded=False)
 
 
+def _reward_alone(seed: int) -> Iterator[Cell]:
+    """On lookup: no KL to anything. The base under its full cache is then nowhere but in the warm start."""
+    for method in ("pte", "lora_c"):
+        yield replace(Cell("lookup", method, seed=seed, base=FULL_BASE, **AFTER_WARM), kl=0.0, lr=5e-4)
+
+
 def _from_scratch(seed: int) -> Iterator[Cell]:
     """All methods on lookup; where PTE itself does not learn, nothing is expected of its parts on the others."""
     for task in KINDS:
@@ -121,9 +130,8 @@ def _in_verl(seed: int) -> Iterator[Cell]:
 
 
 def _ways_after_warm(seed: int) -> Iterator[Cell]:
-    """On lookup: reward alone, and a start that leaves more to learn."""
+    """On lookup: a weaker KL, and a start that leaves more to learn."""
     pte = Cell("lookup", "pte", seed=seed, base=FULL_BASE, **AFTER_WARM)
-    yield replace(pte, kl=0.0, lr=5e-4)
     yield replace(pte, kl=0.1)
     yield Cell("lookup", "pte", "distilled", seed, steps=250, base=FULL_BASE)
     yield replace(pte, warm=250)
