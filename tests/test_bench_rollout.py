@@ -63,7 +63,8 @@ def test_a_budget_too_small_for_one_sequence() -> None:
     assert equal_memory.total_work(settings) == 3 * 3 * 64 + 2 * 3 * 4096
     rows = [equal_memory._row(settings, method, 4096, []) for method in ("full", "lora_c", "pte")]
     assert rows[0]["num_seqs"] == 0 and rows[0]["tokens_per_second"] is None
-    equal_memory.table(settings, rows)
+    table = equal_memory.table(settings, rows)
+    assert [next(column.cells) for column in table.columns][3:5] == ["0", "-"]
 
 
 def test_ratios_are_within_a_turn() -> None:

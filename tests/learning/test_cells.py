@@ -55,6 +55,22 @@ def test_lora_of_the_same_size_is_of_the_same_size() -> None:
     assert sizes[0] == sizes[1]
 
 
+def test_a_cell_of_other_settings_is_no_cell_of_these(folder) -> None:
+    found = run(cell := small_cell(), folder)
+    assert found["pte"]["window"] == 16 and found["pte"]["rank"] == 16
+    with pytest.raises(
+        ValueError, match=r"supervised\.pte.*its base has layers=1, not 2: remove it, or choose another"
+    ):
+        run(dataclasses.replace(cell, base=dataclasses.replace(SMALL, layers=2)), folder)
+    path = folder / "cells" / f"{cell.name}.json"
+    path.write_text(path.read_text().replace('"update_strength": 0.3', '"update_strength": 0.2'))
+    with pytest.raises(ValueError, match=r"its pte has update_strength=0.2, not 0.3"):
+        run(cell, folder)
+    found.pop("pte")  # as an older version left it
+    path.write_text(json.dumps(found | {"mark": 1}))
+    assert run(cell, folder)["mark"] == 1
+
+
 def test_grpo_starts_from_the_distilled_adapter(folder, monkeypatch) -> None:
     started, grpo = {}, training.grpo
 
@@ -91,7 +107,7 @@ def test_errors_of_the_machine_are_no_findings(folder, monkeypatch) -> None:
     assert not list(folder.glob("cells/*.json"))
 
 
-def test_two_processes_may_keep_the_same_adapter(folder) -> None:
+def test_an_adapter_that_is_there_already_is_kept(folder) -> None:
     path = folder / "adapters" / "one"
     for _ in range(2):
         cells._keep_adapter(small_model(), path, "a base")

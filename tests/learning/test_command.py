@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def test_a_base_that_does_not_learn_is_a_finding_of_its_cells_alone(folder, monk
     assert done.exit_code == 0, done.output
     failed, _ = (run(cell, folder) for cell in plan.full(2))
     assert failed["failure"].startswith("the base did not learn lookup in 1 steps")
-    table = (folder / "learning.md").read_text()
+    table = (folder / "learning.md").read_text().split("\n\n")[0]
     assert "| PTE | failed | the base did not learn" in table and "| PTE | 1 | " in table
     assert len({line.count("|") for line in table.splitlines()}) == 1
 
@@ -116,6 +117,33 @@ if __name__ == "__main__":
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def test_quick_ends_with_what_it_found_as_json(folder, monkeypatch) -> None:
+    cells = [small_cell(method=method) for method in ("pte", "lora_c", "global_only")]
+    answers = {"pte": 0.75, "lora_c": 0.25, "global_only": 0.5}
+    monkeypatch.setattr(plan, "quick", lambda: cells)
+
+    def quick(*options):
+        return CliRunner().invoke(app, ["learning", "--quick", "--jobs", "1", "--output", str(folder), *options])
+
+    late = quick("--minutes", "0")
+    assert late.exit_code == 1 and "3 of 3 cells are missing" in late.output
+    shutil.copytree(folder / "bases", folder / "quick" / "bases")
+    assert quick().exit_code == 0
+    for cell in cells:  # so small a model answers nothing right
+        path = folder / "quick" / "cells" / f"{cell.name}.json"
+        found = json.loads(path.read_text())
+        found["history"][-1]["answer"] = answers[cell.method]
+        path.write_text(json.dumps(found))
+    verdict = json.loads((done := quick()).stdout.splitlines()[-1])
+    assert done.exit_code == 0 and verdict["answer"] == answers and verdict["task"] == "lookup"
+    assert (verdict["pte_minus_lora_c"], verdict["pte_minus_global_only"]) == (0.5, 0.25)
+    path.write_text(json.dumps({"cell": found["cell"], "failure": "no gradient", "commit": None}))
+    done = quick()
+    assert done.exit_code == 1 and json.loads(done.stdout.splitlines()[-1])["failures"] == {
+        "global_only": "no gradient"
+    }
 
 
 def test_quick_takes_no_part_of_the_full_report(tmp_path) -> None:

@@ -6,13 +6,13 @@ import json
 import pytest
 from learning_parts import small_cell
 
-from verl_pte.bench.learning import report
+from verl_pte.bench.learning import paired, plots, report
 from verl_pte.bench.learning.cells import run
 
 
-def found_as(seed, reward, way="grpo"):
+def found_as(seed, reward, way="grpo", **settings):
     """What a cell might have found: answers that end at a tenth of its seed; a reward for each block of steps."""
-    cell = dataclasses.asdict(small_cell(seed=seed, way=way))
+    cell = dataclasses.asdict(small_cell(seed=seed, way=way, **settings))
     answers = {"answer": 0.0, "chain": 1.0, "early": 0.0}, {"answer": seed / 10, "chain": 0.5, "early": seed / 4}
     return {
         "cell": cell,
@@ -53,3 +53,83 @@ def test_report_says_where_seeds_have_different_bases(folder) -> None:
 def test_interval_is_students() -> None:
     assert report.interval([1.0, 2.0, 3.0]) == {"mean": 2.0, "half": pytest.approx(4.30 / 3**0.5)}
     assert report.interval([0.5]) == {"mean": 0.5, "half": None}
+
+
+def found_far(seed, answers, **settings):
+    """What a cell might have found at so many tokens of thought, of which as many in a hundred answers were early."""
+    tests = [
+        {"work": length, "thought_length": length, "full_base_answer": 1.0, "answer": answer, "chain": 1.0}
+        | {"early": length / 100}
+        for length, answer in answers.items()
+    ]
+    return found_as(seed, [], way="supervised", **settings) | {"far": tests}
+
+
+def test_answers_over_distance_are_means_over_seeds() -> None:
+    rows = report.summarize(
+        [
+            found_far(0, {30: 0.2, 50: 0.1}),
+            found_far(1, {30: 0.4}),  # has not the other test: neither has the row
+            found_far(0, {30: 0.9}, task="tracking"),
+            found_far(0, {60: 0.5}, knobs={"window": 8, "block_size": 2}),
+        ]
+    )
+    (at,) = rows[0]["far"]
+    assert at["answer"] == {"mean": pytest.approx(0.3), "half": pytest.approx(12.71 * 0.1)} and at["early"] == 0.3
+    lookup, tracking = report.distances(rows).split("\n\n")
+    assert lookup.splitlines()[0] == "| lookup | method | 30 | 60 |" and "PTE | 0.900 (0.30 early) |" in tracking
+    assert "| PTE | 0.300 ± 1.271 (0.30 early) |  |" in lookup
+    assert "| PTE (window 8, block_size 2) |  | 0.500 (0.60 early) |" in lookup
+    panels = plots._distance(rows)
+    assert list(panels) == [f"{task}: supervised, 2 steps" for task in ("lookup", "tracking")] + [
+        "lookup: supervised, 2 steps, window 8, block_size 2"
+    ]
+    (axis,) = drawn(plots._over_distance, panels["lookup: supervised, 2 steps, window 8, block_size 2"])
+    lines = {line.get_label(): list(line.get_xdata()) for line in axis.get_lines()}
+    assert lines["window"] == [8, 8] and lines["base, full cache"] == [60]
+
+
+def drawn(draw, rows):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots()
+    draw(axis, rows, 16)
+    plt.close(figure)
+    return figure.axes
+
+
+def test_reward_curves_are_means_with_the_range_over_seeds() -> None:
+    found = [found_as(seed, [seed / 10, 0.5]) for seed in (1, 3)]
+    found += [found_as(seed, [0.1, 0.1], method="lora_c") for seed in (1, 3)]
+    (heading,) = panels = plots._rewards(report.summarize(found))
+    assert heading.startswith("lookup: GRPO from scratch")
+    (axis,) = drawn(plots._reward_curves, panels[heading])
+    ours = next(line for line in axis.get_lines() if line.get_label() == "PTE")
+    assert list(ours.get_xdata()) == [5, 10] and list(ours.get_ydata()) == pytest.approx([0.2, 0.5])
+    band = axis.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == pytest.approx(0.1) and band[:, 1].max() == pytest.approx(0.5)
+
+
+def test_differences_are_seed_by_seed() -> None:
+    ours = {s: found_as(s, [r] * 4, warm=9) for s, r in ((0, 0.5), (1, 0.6), (2, 0.9))}
+    theirs = {s: found_as(s, [r] * 4, warm=9, method="lora_c") for s, r in ((1, 0.1), (2, 0.2), (3, 0.0))}
+    unpaid = {s: found_as(s, [0.5] * 4, warm=9, rewarded=False) for s in (1, 2)}
+    theirs[2]["history"][-1]["answer"] = 0.5
+    failed = {"cell": dict(ours[0]["cell"], seed=3), "failure": "it did"}
+    found = paired.differences([*ours.values(), failed, *theirs.values(), *unpaid.values()])
+    between = {d.what: d for d in found if "no reward" not in d.training}
+    assert between.keys() == {
+        "PTE - LoRA_c", "PTE, with reward - without", "PTE, after - before", "LoRA_c, after - before"
+    }  # fmt: skip
+    first = between["PTE - LoRA_c"]
+    assert first.seeds == [1, 2] and first.task == "lookup"
+    assert first.answer == {"mean": pytest.approx(-0.15), "half": pytest.approx(12.71 * 0.15)}
+    assert first.reward == {"mean": pytest.approx(0.6), "half": pytest.approx(12.71 * 0.1)}
+    assert between["PTE, with reward - without"].reward["mean"] == pytest.approx(0.25)
+    gain = between["PTE, after - before"]
+    assert gain.seeds == [0, 1, 2] and gain.answer["mean"] == pytest.approx(0.1) and gain.reward is None
+    table = paired.markdown(found)
+    assert "| PTE - LoRA_c | 2 | -0.150 ± 1.906 | 0.600 ± 1.271 |" in table

@@ -8,7 +8,7 @@ import torch
 from learning_parts import WORKS, small_model
 from torch.nn.functional import cross_entropy, kl_div
 
-from verl_pte import RolloutEngine, SamplingParams
+from verl_pte import RolloutEngine, SamplingParams, replay_log_probs
 from verl_pte.bench.learning import tasks, training
 from verl_pte.bench.learning.evaluate import accuracy, test_examples
 from verl_pte.bench.learning.methods import pte_settings
@@ -83,6 +83,34 @@ def test_grpo_gradient_is_that_of_its_loss(kl, rewarded) -> None:
     assert measured["mismatch"] < 1e-5
 
 
+@pytest.mark.parametrize("full_reference", [True, False])
+def test_grpo_holds_a_bounded_policy_to_the_reference_it_asks_for(full_reference) -> None:
+    task, model = Task("lookup"), small_model("lora_c")
+    settings = training.GRPO(prompts=2, group=2, kl=1.0, full_reference=full_reference, rewarded=False)
+    engine = RolloutEngine(
+        model, max_num_seqs=4, max_prompt_length=task.prompt_length, max_response_length=task.thought_length(20) + 8
+    )
+    examples = training.drawn(task, WORKS, 2, 3, 0)
+    sampling = [
+        SamplingParams(max_tokens=len(e.thought) + 8, n=2, seed=3 * 100_003 * 1009 * 2 + i * 1009)
+        for i, e in enumerate(examples)
+    ]
+    expected = {True: 0.0, False: 0.0}
+    outputs = engine.generate([e.prompt for e in examples], sampling)
+    for output in outputs:
+        prompt, response = examples[output.prompt_index].prompt, output.token_ids
+        pairs = [torch.tensor(prompt)], [torch.tensor(response)]
+        (policy,) = replay_log_probs(model, *pairs)
+        with torch.no_grad(), model.disable_adapter():
+            (bounded,) = replay_log_probs(model, *pairs)
+            for full, base in ((True, plain_log_probs(model, prompt, response)), (False, bounded)):
+                ratio = base - policy
+                expected[full] += float((ratio.exp() - ratio - 1).sum()) / sum(len(o.token_ids) for o in outputs)
+    measured = training.grpo(model, task, WORKS, settings, seed=3)(0)
+    assert measured["kl"] == pytest.approx(expected[full_reference], rel=1e-4)
+    assert measured["kl"] != pytest.approx(expected[not full_reference], rel=1e-2)
+
+
 def test_distilled_rollouts_serve_several_steps_and_are_the_teachers() -> None:
     model = small_model("lora_full")
     step = training.distilled(model, Task("lookup"), WORKS, batch=2, seed=0)
@@ -121,8 +149,19 @@ def test_optimizer_scales_the_encoders_rate_and_stops_at_bad_gradients() -> None
 
 def test_accuracy_with_the_full_schedule_keeps_everything() -> None:
     """A window that holds all and a small one, with `full()` in its place, are the same policy."""
-    examples = test_examples(Task("lookup"), WORKS, 4)
+    task = Task("lookup")
+    examples = test_examples(task, WORKS, 4)
+    # An untrained model answers nothing right: tell responses apart by their tokens.
+    object.__setattr__(task, "score", lambda e, r: tasks.Score(float(sum(r)), sum(r[::2]), False))
     wide, narrow = small_model(window=256, num_global_tokens=4), small_model(num_global_tokens=4)
-    assert accuracy(wide, Task("lookup"), examples) == accuracy(
-        narrow, Task("lookup"), examples, pte_settings("pte").schedule().full()
-    )
+    whole = accuracy(wide, task, examples)
+    assert whole == accuracy(narrow, task, examples, pte_settings("pte").schedule().full())
+    assert whole != accuracy(narrow, task, examples)
+
+
+def test_learning_rate_warms_up_and_falls_along_half_a_cosine() -> None:
+    falling = training.Optimization(steps=100, lr=2.0, warmup=10)
+    assert falling.rate(0) == pytest.approx(0.2) and falling.rate(50) == pytest.approx(2.0 * 0.55)
+    assert falling.rate(99) == pytest.approx(0.2, rel=0.01)
+    constant = training.Optimization(steps=100, lr=2.0, warmup=10, cosine=False)
+    assert constant.rate(4) == pytest.approx(1.0) and constant.rate(99) == 2.0

@@ -152,6 +152,7 @@ def _run(settings: FlopsSettings, output: Path, as_json: bool) -> None:
         "lengths": rows,
         "notes": NOTES,
         "versions": machine.versions(),
+        "machine": machine.hardware(),
         "commit": machine.commit(),
     }
     (output / "flops.json").write_text(json.dumps(content, indent=2) + "\n")

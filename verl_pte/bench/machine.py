@@ -1,9 +1,10 @@
-"""What a benchmark ran on: processor, memory, versions, commit."""
+"""What a benchmark ran on, and when: processor, memory, day, versions, commit."""
 
 import os
 import platform
 import re
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from verl_pte.vllm.version import installed_version
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores this process may use, memory, and the load of the machine."""
+    """Processor, cores this process may use, memory, and the day and the load of the machine."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {
@@ -22,6 +23,7 @@ def hardware() -> dict[str, Any]:
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_average": os.getloadavg()[0],
         "system": platform.platform(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
 
 

@@ -20,7 +20,7 @@ VOCAB = 8192
 
 
 def base_config(settings: Settings) -> Any:
-    """The base's transformers config. Raises ValueError if it has fewer positions than the longest sequence tokens."""
+    """The base's transformers config, with positions for the longest sequence: cost does not depend on their number."""
     positions = settings.prompt_length + max(settings.lengths)
     if settings.model is None:
         heads = settings.hidden_size // HEAD_DIM
@@ -37,11 +37,7 @@ def base_config(settings: Settings) -> Any:
             pad_token_id=None,
         )
     config = load_config(settings.model)
-    if config.max_position_embeddings < positions:
-        raise ValueError(
-            f"--lengths {max(settings.lengths)}: with a prompt of {settings.prompt_length} exceeds the model's "
-            f"max_position_embeddings={config.max_position_embeddings}"
-        )
+    config.max_position_embeddings = max(config.max_position_embeddings, positions)
     return config
 
 

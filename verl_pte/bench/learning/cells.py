@@ -90,11 +90,19 @@ class Cell:
 
 
 def on_file(cell: Cell, folder: Path) -> dict[str, Any] | None:
-    """What a cell found when it ran before, with all tests it asks for."""
+    """What a cell found when it ran before, with all tests it asks for.
+
+    Raises ValueError if that was with another base or other settings of its method, which names do not tell.
+    """
     path = _file(cell, folder)
     if not path.exists():
         return None
     found = json.loads(path.read_text())
+    known = {"base": found["cell"]["base"], "pte": found.get("pte")}  # the latter older files lack
+    for part, asked in json.loads(json.dumps({"base": dataclasses.asdict(cell.base), "pte": _pte(cell)})).items():
+        its = known[part] or asked
+        if other := [f"{k}={its.get(k)!r}, not {v!r}" for k, v in asked.items() if its.get(k) != v]:
+            raise ValueError(f"{path}: its {part} has {', '.join(other)}: remove it, or choose another folder")
     tested = {at["work"] for at in found.get("far", ())}
     return found if "failure" in found or tested >= set(cell.far) else None
 
@@ -117,6 +125,7 @@ def run(cell: Cell, folder: Path, progress: Any = None) -> dict[str, Any]:
         found = {"failure": str(error)}
     found = {
         "cell": dataclasses.asdict(cell),
+        "pte": _pte(cell),
         **found,
         "seconds": time.perf_counter() - start,
         "machine": machine.hardware(),
@@ -128,6 +137,11 @@ def run(cell: Cell, folder: Path, progress: Any = None) -> dict[str, Any]:
     scratch.write_text(json.dumps(found, indent=1) + "\n")
     scratch.rename(path)
     return found
+
+
+def _pte(cell: Cell) -> dict[str, Any]:
+    """All settings of a cell's method, in full."""
+    return dataclasses.asdict(pte_settings(cell.method, **cell.knobs))
 
 
 def _file(cell: Cell, folder: Path) -> Path:

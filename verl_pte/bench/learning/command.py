@@ -10,7 +10,7 @@ from rich.console import Console
 
 from verl_pte.bench import machine
 from verl_pte.bench.command import draw_if_possible, print_json, reported_errors
-from verl_pte.bench.learning import plan, plots, report
+from verl_pte.bench.learning import paired, plan, plots, report
 from verl_pte.bench.learning.cells import Cell, on_file
 from verl_pte.bench.learning.pool import run_all
 from verl_pte.bench.learning.report import MAX_SEEDS
@@ -50,12 +50,15 @@ def learning_command(
     console, start = Console(stderr=quick), time.perf_counter()
     with reported_errors():
         found = run_all(cells, folder, jobs, console, minutes)
-    write(planned if quick else plan.full(MAX_SEEDS), planned, folder, console)
+        write(planned if quick else plan.full(MAX_SEEDS), planned, folder, console)
     if quick and len(found) < len(cells):
         typer.echo(f"error: {len(cells) - len(found)} of {len(cells)} cells are missing: run it again", err=True)
         raise typer.Exit(1)
     if quick:
-        print_json(_verdict(found) | {"seconds": round(time.perf_counter() - start)})
+        verdict = _verdict(found)
+        print_json(verdict | {"seconds": round(time.perf_counter() - start)})
+        if "failures" in verdict:
+            raise typer.Exit(1)
 
 
 def write(reported: list[Cell], planned: list[Cell], folder: Path, console: Console) -> None:
@@ -63,7 +66,7 @@ def write(reported: list[Cell], planned: list[Cell], folder: Path, console: Cons
     held = [(cell.name, known) for cell in reported if (known := on_file(cell, folder)) is not None]
     found, names = [known for _, known in held], {name for name, _ in held}
     done = sum(cell.name in names for cell in planned)
-    rows = report.summarize(found)
+    rows, differences = report.summarize(found), paired.differences(found)
     content = {
         "machine": machine.hardware(),
         "versions": machine.versions(),
@@ -71,9 +74,15 @@ def write(reported: list[Cell], planned: list[Cell], folder: Path, console: Cons
         "cells": {"planned": len(planned), "done": done},
         "base": found[0]["cell"]["base"] if found else None,
         "rows": rows,
+        "differences": [difference._asdict() for difference in differences],
     }
     (folder / "learning.json").write_text(json.dumps(content, indent=1) + "\n")
-    (folder / "learning.md").write_text(report.markdown(rows))
+    parts = [
+        report.markdown(rows),
+        *(["Answers by tokens of the thought:\n", far] if (far := report.distances(rows)) else []),
+        *(["Differences of two trainings, seed by seed:\n", paired.markdown(differences)] if differences else []),
+    ]
+    (folder / "learning.md").write_text("\n".join(parts))
     plot = draw_if_possible(folder, lambda path: plots.draw(rows, WINDOW, path))
     console.print(report.table(rows))
     missing = len(planned) - done

@@ -27,7 +27,7 @@ def draw(rows: Sequence[dict[str, Any]], window: int, folder: Path) -> list[Path
     written = []
     figures = {
         "methods": _methods(plain),
-        "distance": _distance(plain),
+        "distance": _distance(rows),
         "rewards": _rewards(plain),
         "sweeps": _sweeps(rows),
     }
@@ -62,8 +62,9 @@ def _methods(rows: Sequence[dict[str, Any]]) -> dict[str, list]:
 def _distance(rows: Sequence[dict[str, Any]]) -> dict[str, list]:
     panels: dict[str, list] = {}
     for row in rows:
-        if row["far"]:
-            panels.setdefault(f"{row['task']}: {way(row)}", []).append(row)
+        if row["seeds"] and row["far"]:
+            knobs = "".join(f", {name} {value}" for name, value in row["knobs"].items())
+            panels.setdefault(f"{row['task']}: {way(row)}{knobs}", []).append(row)
     return panels
 
 
@@ -100,17 +101,19 @@ def _bars(axis: Any, rows: list[dict[str, Any]], window: int) -> None:
 
 def _over_distance(axis: Any, rows: list[dict[str, Any]], window: int) -> None:
     for row in rows:
-        axis.plot(
+        axis.errorbar(
             [at["thought_length"] for at in row["far"]],
             [at["answer"]["mean"] for at in row["far"]],
+            [at["answer"]["half"] or 0 for at in row["far"]],
             marker=".",
+            capsize=2,
             color=_COLORS[row["method"]],
             label=METHODS[row["method"]].title,
         )
     ceiling = [(at["thought_length"], at["full_base_answer"]) for at in rows[0]["far"]]
     axis.plot(*zip(*ceiling, strict=True), color="k", linestyle=":", label="base, full cache")
     axis.axhline(1 / DIGITS, color="tab:red", linestyle=":", label="chance")
-    axis.axvline(window, color="k", linewidth=0.8, label="window")
+    axis.axvline(rows[0]["knobs"].get("window", window), color="k", linewidth=0.8, label="window")
     axis.set(xlim=(0, None), ylim=(0, 1.02), xlabel="thought tokens", ylabel="answer accuracy")
     axis.legend(fontsize=7)
 
@@ -119,7 +122,8 @@ def _reward_curves(axis: Any, rows: list[dict[str, Any]], window: int) -> None:
     for row in rows:
         steps = [BLOCK * (i + 1) for i in range(len(row["rewards"]))]
         axis.plot(steps, row["rewards"], color=_COLORS[row["method"]], label=METHODS[row["method"]].title)
-    axis.set(ylim=(0, 1.02), xlabel="step", ylabel=f"reward, mean of {BLOCK} steps")
+        axis.fill_between(steps, *zip(*row["rewards_of_seeds"], strict=True), color=_COLORS[row["method"]], alpha=0.15)
+    axis.set(ylim=(0, 1.02), xlabel="step", ylabel=f"reward, mean of {BLOCK} steps, and range over seeds")
     axis.legend(fontsize=7)
 
 

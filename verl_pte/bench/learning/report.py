@@ -29,11 +29,11 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row for each group of cells that differ in their seed alone."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for cell in found:
-        groups[str([_setting(cell, key) for key in _KEYS])].append(cell)
+        groups[str(setting(cell))].append(cell)
     rows = []
     for cells in groups.values():
         good = [c for c in cells if "failure" not in c]
-        row = {key: _setting(cells[0], key) for key in _KEYS} | {
+        row = setting(cells[0]) | {
             "seeds": sorted(c["cell"]["seed"] for c in good),
             "failures": [c["failure"] for c in cells if "failure" in c],
             "bases": sorted({c.get("base_digest") or "" for c in good}),
@@ -44,8 +44,7 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 row[key] = interval([c["history"][-1][key] for c in good])
                 row[f"full_base_{key}"] = mean(c["full_base"][key] for c in good)
                 row[f"window_base_{key}"] = mean(c["window_base"][key] for c in good)
-            last = [c["history"][-1].get("early") for c in good]
-            row["early"] = None if None in last else mean(last)
+            row["early"] = _mean_or_none([c["history"][-1].get("early") for c in good])
             row["history"] = [
                 {"step": at[0]["step"], "answer": interval([h["answer"] for h in at])}
                 for at in zip(*(c["history"] for c in good), strict=True)
@@ -55,22 +54,37 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 {"work": work, "thought_length": fars[0][work]["thought_length"]}
                 | {"full_base_answer": mean(far[work]["full_base_answer"] for far in fars)}
                 | {key: interval([far[work][key] for far in fars]) for key in ("answer", "chain")}
+                | {"early": _mean_or_none([far[work].get("early") for far in fars])}
                 for work in fars[0]
                 if all(work in far for far in fars)
             ]
             if "reward" in (good[0]["curve"] or [{}])[0]:
                 curves = [[step["reward"] for step in c["curve"]] for c in good]
-                row["reward"] = interval([mean(c[-20 // BLOCK :]) for c in curves])
+                row["reward"] = interval([end_reward(c) for c in good])
                 row["rewards"] = [mean(at) for at in zip(*curves, strict=True)]
+                row["rewards_of_seeds"] = [[min(at), max(at)] for at in zip(*curves, strict=True)]
                 measured = [step["mismatch"] for c in good for step in c["curve"] if "mismatch" in step]
                 row["mismatch_max"] = max(measured, default=None)
         rows.append(row)
     return rows
 
 
-def _setting(found: dict[str, Any], key: str) -> Any:
-    value = found["cell"].get(key, _DEFAULTS[key])
-    return list(value) if isinstance(value, tuple) else value  # as in a file
+def setting(found: dict[str, Any]) -> dict[str, Any]:
+    """Of what a cell found: all that is the same for the seeds of a row."""
+    values = {key: found["cell"].get(key, _DEFAULTS[key]) for key in _KEYS}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}  # as in a file
+
+
+def end_reward(found: dict[str, Any]) -> float | None:
+    """Mean over a cell's last 20 steps; None if it was paid none."""
+    curve = found["curve"]
+    return mean(step["reward"] for step in curve[-20 // BLOCK :]) if "reward" in (curve or [{}])[0] else None
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    """None where an older cell did not record it."""
+    known = [value for value in values if value is not None]
+    return mean(known) if len(known) == len(values) else None
 
 
 def interval(values: Sequence[float]) -> dict[str, float | None]:
@@ -150,3 +164,21 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
                 f"| {row['task']} | {way(row)} | {title(row)} | failed | {failure}" + " |" * (len(_COLUMNS) - 1)
             )
     return "\n".join(lines) + "\n"
+
+
+def distances(rows: Sequence[dict[str, Any]]) -> str:
+    """Tables of the further tests, for a document: answers over the tokens of the thought, a table for each task."""
+    tables = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = [row for row in rows if row["task"] == task and row.get("far")]
+        lengths = sorted({at["thought_length"] for row in mine for at in row["far"]})
+        lines = [f"| {task} | method | {' | '.join(map(str, lengths))} |", "|---" * (2 + len(lengths)) + "|"]
+        for row in mine:
+            shown = {at["thought_length"]: _tested(at) for at in row["far"]}
+            lines.append(f"| {way(row)} | {title(row)} | {' | '.join(shown.get(n, '') for n in lengths)} |")
+        tables += ["\n".join(lines) + "\n"] * bool(mine)
+    return "\n".join(tables)
+
+
+def _tested(at: dict[str, Any]) -> str:
+    return show(at["answer"]) + ("" if at["early"] is None else f" ({at['early']:.2f} early)")

@@ -7,8 +7,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -48,6 +46,9 @@ def tokenizer(task: Task) -> PreTrainedTokenizerFast:
 
 def write_prompts(examples: Sequence[Example], kind: str, path: Path) -> None:
     """A parquet file of examples in verl's columns."""
+    import pyarrow as pa  # here: the other benchmarks run where there is none
+    import pyarrow.parquet as pq
+
     rows = [
         {
             "data_source": DATA_SOURCE,
