@@ -60,7 +60,7 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             ]
             if "reward" in (good[0]["curve"] or [{}])[0]:
                 curves = [[step["reward"] for step in c["curve"]] for c in good]
-                row["reward"] = interval([end_reward(c) for c in good])
+                row["reward"] = interval([paid for c in good if (paid := end_reward(c)) is not None])
                 row["rewards"] = [mean(at) for at in zip(*curves, strict=True)]
                 row["rewards_of_seeds"] = [[min(at), max(at)] for at in zip(*curves, strict=True)]
                 measured = [step["mismatch"] for c in good for step in c["curve"] if "mismatch" in step]
