@@ -12,9 +12,9 @@ SMALL = BaseSettings(hidden_size=32, layers=1)
 WORKS = (10, 20)
 
 
-def examples_of(kind, count=20, seed=0):
+def examples_of(kind, count=20, seed=0, **knobs):
     works = [WORKS[0] + i % 11 for i in range(count)]
-    return Task(kind).examples(works, torch.Generator().manual_seed(seed))
+    return Task(kind, **knobs).examples(works, torch.Generator().manual_seed(seed))
 
 
 def small_model(method="pte", seed=0, kind="lookup", **knobs):

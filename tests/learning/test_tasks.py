@@ -8,9 +8,9 @@ from verl_pte.bench.learning.methods import pte_settings
 from verl_pte.bench.learning.tasks import ANS, EOS, KINDS, Task
 
 
-def solve(kind, prompt):
+def solve(task, prompt):
     """The thought a prompt asks for, read off it anew."""
-    task = Task(kind)
+    kind = task.kind
     table = tasks._TABLE
 
     def step(d, s):
@@ -47,11 +47,12 @@ def solve(kind, prompt):
     return [*thought, EOS]
 
 
+@pytest.mark.parametrize("knobs", [{}, {"num_facts": 7, "lead": 2}], ids=["usual", "seven facts"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_thought_is_what_the_prompt_asks_for(kind) -> None:
-    task = Task(kind)
-    for example in examples_of(kind):
-        assert example.thought == solve(kind, example.prompt)
+def test_thought_is_what_the_prompt_asks_for(kind, knobs) -> None:
+    task = Task(kind, **knobs)
+    for example in examples_of(kind, **knobs):
+        assert example.thought == solve(task, example.prompt)
         assert len(example.prompt) == task.prompt_length
         work = example.prompt[3] - tasks._COUNT
         assert len(example.thought) == task.thought_length(work)
