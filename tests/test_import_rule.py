@@ -258,7 +258,7 @@ def test_vllm_part_loads_vllm_on_use_only() -> None:
     assert not loaded & OPTIONAL
 
 
-def test_benchmarks_need_torch_transformers_and_peft_alone() -> None:
+def test_benchmarks_load_no_optional_package() -> None:
     modules = ("__main__", "engines", "decode", "learner_worker", "learner_steps", "flops")
     loaded = _loaded_by("import " + ", ".join(f"verl_pte.bench.{name}" for name in modules))
     assert "torch" in loaded

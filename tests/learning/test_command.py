@@ -53,6 +53,17 @@ def test_further_tests_that_a_cell_lacks_are_made(folder, monkeypatch) -> None:
     assert row["seeds"] == [0, 1] and [at["work"] for at in row["far"]] == [24]
 
 
+def test_a_cell_that_cannot_be_reported_is_said_before_the_work(folder, monkeypatch) -> None:
+    cells = [small_cell(seed=s) for s in (0, 1)]
+    monkeypatch.setattr(plan, "full", lambda seeds: cells)
+    run(cells[0], folder)
+    path = folder / "cells" / f"{cells[0].name}.json"
+    path.write_text(path.read_text().replace('"rank": 16', '"rank": 8'))
+    done = CliRunner().invoke(app, ["learning", "--only", "seed=1", "--output", str(folder), "--jobs", "1"])
+    assert done.exit_code == 2 and "its pte has rank=8, not 16" in done.output
+    assert [file.name for file in (folder / "cells").iterdir()] == [path.name]
+
+
 def test_a_base_that_does_not_learn_is_a_finding_of_its_cells_alone(folder, monkeypatch) -> None:
     hopeless = BaseSettings(hidden_size=32, layers=1, steps=1, batch=2)
     monkeypatch.setattr(plan, "full", lambda seeds: [small_cell(base=hopeless), small_cell(seed=1)])

@@ -78,12 +78,17 @@ def test_answers_over_distance_are_means_over_seeds() -> None:
     assert at["answer"] == {"mean": pytest.approx(0.3), "half": pytest.approx(12.71 * 0.1)} and at["early"] == 0.3
     lookup, tracking = report.distances(rows).split("\n\n")
     assert lookup.splitlines()[0] == "| lookup | method | 30 | 60 |" and "PTE | 0.900 (0.30 early) |" in tracking
-    assert "| PTE | 0.300 ± 1.271 (0.30 early) |  |" in lookup
+    assert "| PTE | 0.300 ± 1.271 (0.30 early) |  |" in lookup and "0.00 early" not in report.distances(rows)
     assert "| PTE (window 8, block_size 2) |  | 0.500 (0.60 early) |" in lookup
     panels = plots._distance(rows)
     assert list(panels) == [f"{task}: supervised, 2 steps" for task in ("lookup", "tracking")] + [
         "lookup: supervised, 2 steps, window 8, block_size 2"
     ]
+    (axis,) = drawn(plots._over_distance, panels["lookup: supervised, 2 steps, window 8, block_size 2"])
+    (bars,) = axis.containers  # of one seed, none to see
+    assert bars.has_yerr and bars[2][0].get_segments()[0][:, 1].tolist() == [0.5, 0.5]
+    (axis,) = drawn(plots._over_distance, panels["lookup: supervised, 2 steps"])
+    assert axis.containers[0][2][0].get_segments()[0][:, 1] == pytest.approx([0.3 - 1.271, 0.3 + 1.271], abs=1e-3)
     (axis,) = drawn(plots._over_distance, panels["lookup: supervised, 2 steps, window 8, block_size 2"])
     lines = {line.get_label(): list(line.get_xdata()) for line in axis.get_lines()}
     assert lines["window"] == [8, 8] and lines["base, full cache"] == [60]
@@ -118,11 +123,19 @@ def test_differences_are_seed_by_seed() -> None:
     theirs = {s: found_as(s, [r] * 4, warm=9, method="lora_c") for s, r in ((1, 0.1), (2, 0.2), (3, 0.0))}
     unpaid = {s: found_as(s, [0.5] * 4, warm=9, rewarded=False) for s in (1, 2)}
     theirs[2]["history"][-1]["answer"] = 0.5
+    others = [found_as(s, [0.0] * 4, warm=9, method="global_0") for s in (0, 1)]
+    others[0]["base_digest"] = "another"  # leaves one pair
+    literal = [found_as(s, [], way="supervised", method=m) for m in ("pte_literal", "pte_frobenius") for s in (1, 2)]
     failed = {"cell": dict(ours[0]["cell"], seed=3), "failure": "it did"}
-    found = paired.differences([*ours.values(), failed, *theirs.values(), *unpaid.values()])
-    between = {d.what: d for d in found if "no reward" not in d.training}
+    found = paired.differences([*ours.values(), failed, *theirs.values(), *unpaid.values(), *others, *literal])
+    (of_update,) = (d for d in found if d.training == "supervised, 2 steps")
+    assert of_update.what == "PTE, Frobenius - PTE, literal update" and of_update.answer["mean"] == 0
+    (without,) = (d for d in found if "no reward" in d.training)
+    assert (without.what, without.answer["mean"]) == ("PTE, after - before", pytest.approx(0.15))
+    between = {d.what: d for d in found if "GRPO" in d.training and "no reward" not in d.training}
     assert between.keys() == {
-        "PTE - LoRA_c", "PTE, with reward - without", "PTE, after - before", "LoRA_c, after - before"
+        "PTE - LoRA_c", "PTE, with reward - without", "PTE, after - before", "LoRA_c, after - before",
+        "#Global-0, after - before"
     }  # fmt: skip
     first = between["PTE - LoRA_c"]
     assert first.seeds == [1, 2] and first.task == "lookup"

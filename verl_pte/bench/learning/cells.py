@@ -28,10 +28,12 @@ from verl_pte.bench.learning.base import BaseSettings, TrainingFailure, base_dig
 from verl_pte.bench.learning.evaluate import accuracy, test_examples
 from verl_pte.bench.learning.methods import METHODS, pte_settings
 from verl_pte.bench.learning.tasks import Task
+from verl_pte.config import PTEConfig
 from verl_pte.peft import attach, pte_config
 
 _BASE = "base_digest"  # file beside a kept adapter
 BLOCK = 5  # optimizer steps of an entry of a cell's curve
+_KNOBS = [knob for knob in PTEConfig.knobs() if knob[0] not in ("kv_store", "chunk_tokens", "reference_cache")]
 WAYS = ("supervised", "distilled", "grpo", "main_ppo")  # the last is GRPO too, in verl
 
 
@@ -92,16 +94,19 @@ class Cell:
 def on_file(cell: Cell, folder: Path) -> dict[str, Any] | None:
     """What a cell found when it ran before, with all tests it asks for.
 
-    Raises ValueError if that was with another base or other settings of its method, which names do not tell.
+    Raises ValueError if that was with another base or other settings of its method, which names do not tell. A setting
+    that was none yet had its default.
     """
     path = _file(cell, folder)
     if not path.exists():
         return None
     found = json.loads(path.read_text())
-    known = {"base": found["cell"]["base"], "pte": found.get("pte")}  # the latter older files lack
-    for part, asked in json.loads(json.dumps({"base": dataclasses.asdict(cell.base), "pte": _pte(cell)})).items():
-        its = known[part] or asked
-        if other := [f"{k}={its.get(k)!r}, not {v!r}" for k, v in asked.items() if its.get(k) != v]:
+    asked = {"base": dataclasses.asdict(cell.base), "pte": _pte(cell)}
+    defaults = {"base": dataclasses.asdict(BaseSettings()), "pte": {name: default for name, default, _ in _KNOBS}}
+    known = {"base": found["cell"]["base"], "pte": found.get("pte", asked["pte"])}  # the latter older files lack
+    for part, values in asked.items():
+        its = defaults[part] | known[part]
+        if other := [f"{k}={its[k]!r}, not {v!r}" for k, v in values.items() if _as_in_file(v) != _as_in_file(its[k])]:
             raise ValueError(f"{path}: its {part} has {', '.join(other)}: remove it, or choose another folder")
     tested = {at["work"] for at in found.get("far", ())}
     return found if "failure" in found or tested >= set(cell.far) else None
@@ -140,8 +145,13 @@ def run(cell: Cell, folder: Path, progress: Any = None) -> dict[str, Any]:
 
 
 def _pte(cell: Cell) -> dict[str, Any]:
-    """All settings of a cell's method, in full."""
-    return dataclasses.asdict(pte_settings(cell.method, **cell.knobs))
+    """The settings of a cell's method in full, but for those that move memory alone."""
+    settings = pte_settings(cell.method, **cell.knobs)
+    return {name: getattr(settings, name) for name, _, _ in _KNOBS}
+
+
+def _as_in_file(value: Any) -> Any:
+    return json.loads(json.dumps(value))
 
 
 def _file(cell: Cell, folder: Path) -> Path:

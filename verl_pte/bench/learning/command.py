@@ -48,9 +48,12 @@ def learning_command(
     folder = output / "quick" if quick else output
     folder.mkdir(parents=True, exist_ok=True)
     console, start = Console(stderr=quick), time.perf_counter()
+    reported = planned if quick else plan.full(MAX_SEEDS)
     with reported_errors():
+        for cell in reported:
+            on_file(cell, folder)  # what cannot be reported is said before hours of work
         found = run_all(cells, folder, jobs, console, minutes)
-        write(planned if quick else plan.full(MAX_SEEDS), planned, folder, console)
+    write(reported, planned, folder, console)
     if quick and len(found) < len(cells):
         typer.echo(f"error: {len(cells) - len(found)} of {len(cells)} cells are missing: run it again", err=True)
         raise typer.Exit(1)

@@ -1,14 +1,14 @@
 """What two trainings differ by, seed by seed: both saw the same examples, so their difference varies less than they do.
 
 Pairs are PTE and every other method trained alike, its update's variants, GRPO with and without reward, and the end
-of a GRPO run and its start. Left out: pairs with one seed, which have no interval.
+of a GRPO run and its start. Left out: pairs of two bases, and what one pair alone has, which has no interval.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from verl_pte.bench.learning.methods import METHODS
-from verl_pte.bench.learning.report import end_reward, interval, setting, show, title, way
+from verl_pte.bench.learning.report import end_reward, interval, rewards, setting, show, title, way
 
 _PAIRS = (
     *(("pte", method) for method in METHODS if method not in ("pte", "base")),
@@ -49,7 +49,7 @@ def _of_row(row: dict[str, Any], cells: Cells, rows: dict[str, tuple[dict[str, A
     if row["rewarded"] and unrewarded is not None:
         yield from _paired(row, f"{title(row)}, with reward - without", cells, unrewarded[1], _answer)
     if row["warm"]:
-        yield from _paired(row, f"{title(row)}, after - before", cells, cells, _answer_before, rewards=False)
+        yield from _paired(row, f"{title(row)}, after - before", cells, cells, _answer_before, with_rewards=False)
 
 
 def _paired(
@@ -58,15 +58,17 @@ def _paired(
     first: Cells,
     second: Cells,
     subtracted: Callable[[dict[str, Any]], float],
-    rewards: bool = True,
+    with_rewards: bool = True,
 ) -> Iterator[Difference]:
-    seeds = sorted(first.keys() & second.keys())
+    shared = first.keys() & second.keys()
+    seeds = sorted(seed for seed in shared if first[seed]["base_digest"] == second[seed]["base_digest"])
     if len(seeds) < 2:
         return
     answer = interval([_answer(first[s]) - subtracted(second[s]) for s in seeds])
-    pairs = [(end_reward(first[s]), end_reward(second[s])) for s in seeds] if rewards else []
-    differing = [a - b for a, b in pairs if a is not None and b is not None]
-    yield Difference(row["task"], way(row), what, seeds, answer, interval(differing) if differing else None)
+    pairs = [(rewards(first[s]), rewards(second[s])) for s in seeds]
+    paid = with_rewards and all(a and b for a, b in pairs)
+    reward = interval([end_reward(a) - end_reward(b) for a, b in pairs]) if paid else None
+    yield Difference(row["task"], way(row), what, seeds, answer, reward)
 
 
 def _answer(cell: dict[str, Any]) -> float:

@@ -58,9 +58,8 @@ def summarize(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 for work in fars[0]
                 if all(work in far for far in fars)
             ]
-            if "reward" in (good[0]["curve"] or [{}])[0]:
-                curves = [[step["reward"] for step in c["curve"]] for c in good]
-                row["reward"] = interval([paid for c in good if (paid := end_reward(c)) is not None])
+            if all(curves := [rewards(c) for c in good]):
+                row["reward"] = interval([end_reward(curve) for curve in curves])
                 row["rewards"] = [mean(at) for at in zip(*curves, strict=True)]
                 row["rewards_of_seeds"] = [[min(at), max(at)] for at in zip(*curves, strict=True)]
                 measured = [step["mismatch"] for c in good for step in c["curve"] if "mismatch" in step]
@@ -75,10 +74,14 @@ def setting(found: dict[str, Any]) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}  # as in a file
 
 
-def end_reward(found: dict[str, Any]) -> float | None:
-    """Mean over a cell's last 20 steps; None if it was paid none."""
-    curve = found["curve"]
-    return mean(step["reward"] for step in curve[-20 // BLOCK :]) if "reward" in (curve or [{}])[0] else None
+def rewards(found: dict[str, Any]) -> list[float]:
+    """Of a cell's blocks of steps; none if it was paid none."""
+    return [step["reward"] for step in found["curve"] if "reward" in step]
+
+
+def end_reward(curve: Sequence[float]) -> float:
+    """Mean over the last 20 steps."""
+    return mean(curve[-20 // BLOCK :])
 
 
 def _mean_or_none(values: Sequence[float | None]) -> float | None:
@@ -181,4 +184,4 @@ def distances(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _tested(at: dict[str, Any]) -> str:
-    return show(at["answer"]) + ("" if at["early"] is None else f" ({at['early']:.2f} early)")
+    return show(at["answer"]) + (f" ({at['early']:.2f} early)" if (at["early"] or 0) >= 0.005 else "")
