@@ -109,9 +109,10 @@ def _kl_alone(seed: int) -> Iterator[Cell]:
 
 
 def _reward_alone(seed: int) -> Iterator[Cell]:
-    """On lookup: no KL to anything. The base under its full cache is then nowhere but in the warm start."""
-    for method in ("pte", "lora_c"):
-        yield replace(Cell("lookup", method, seed=seed, base=FULL_BASE, **AFTER_WARM), kl=0.0, lr=5e-4)
+    """On two tasks: no KL to anything. The base under its full cache is then nowhere but in the warm start."""
+    for task in ("lookup", "tracking"):
+        for method in ("pte", "lora_c"):
+            yield replace(Cell(task, method, seed=seed, base=FULL_BASE, **AFTER_WARM), kl=0.0, lr=5e-4)
 
 
 def _from_scratch(seed: int) -> Iterator[Cell]:
