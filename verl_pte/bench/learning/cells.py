@@ -101,12 +101,14 @@ def on_file(cell: Cell, folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     found = json.loads(path.read_text())
-    asked = {"base": dataclasses.asdict(cell.base), "pte": _pte(cell)}
-    defaults = {"base": dataclasses.asdict(BaseSettings()), "pte": {name: default for name, default, _ in _KNOBS}}
+    asked = _as_in_file({"base": dataclasses.asdict(cell.base), "pte": _pte(cell)})
+    defaults = _as_in_file(
+        {"base": dataclasses.asdict(BaseSettings()), "pte": {name: value for name, value, _ in _KNOBS}}
+    )
     known = {"base": found["cell"]["base"], "pte": found.get("pte", asked["pte"])}  # the latter older files lack
     for part, values in asked.items():
         its = defaults[part] | known[part]
-        if other := [f"{k}={its[k]!r}, not {v!r}" for k, v in values.items() if _as_in_file(v) != _as_in_file(its[k])]:
+        if other := [f"{k}={its[k]!r}, not {v!r}" for k, v in values.items() if its[k] != v]:
             raise ValueError(f"{path}: its {part} has {', '.join(other)}: remove it, or choose another folder")
     tested = {at["work"] for at in found.get("far", ())}
     return found if "failure" in found or tested >= set(cell.far) else None

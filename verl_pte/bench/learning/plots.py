@@ -7,7 +7,7 @@ from typing import Any
 
 from verl_pte.bench.learning.cells import BLOCK
 from verl_pte.bench.learning.methods import METHODS, pte_settings
-from verl_pte.bench.learning.report import way
+from verl_pte.bench.learning.report import knobs, way
 from verl_pte.bench.learning.tasks import DIGITS, KINDS
 
 _COLUMNS = len(KINDS)  # of panels: most groups have one for each task
@@ -63,8 +63,8 @@ def _distance(rows: Sequence[dict[str, Any]]) -> dict[str, list]:
     panels: dict[str, list] = {}
     for row in rows:
         if row["seeds"] and row["far"]:
-            knobs = "".join(f", {name} {value}" for name, value in row["knobs"].items())
-            panels.setdefault(f"{row['task']}: {way(row)}{knobs}", []).append(row)
+            heading = f"{row['task']}: {way(row)}" + (f", {knobs(row)}" if row["knobs"] else "")
+            panels.setdefault(heading, []).append(row)
     return panels
 
 

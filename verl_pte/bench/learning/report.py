@@ -105,8 +105,12 @@ def show(value: dict[str, float | None] | None) -> str:
 
 def title(row: dict[str, Any]) -> str:
     """Of a row: its method, and what else is special about it."""
-    knobs = ", ".join(f"{k} {v}" for k, v in row["knobs"].items())
-    return METHODS[row["method"]].title + (f" ({knobs})" if knobs else "")
+    return METHODS[row["method"]].title + (f" ({knobs(row)})" if row["knobs"] else "")
+
+
+def knobs(row: dict[str, Any]) -> str:
+    """Of a row: the settings that differ from its method's."""
+    return ", ".join(f"{name} {value}" for name, value in row["knobs"].items())
 
 
 def way(row: dict[str, Any]) -> str:
@@ -174,12 +178,14 @@ def distances(rows: Sequence[dict[str, Any]]) -> str:
     tables = []
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task and row.get("far")]
+        if not mine:
+            continue
         lengths = sorted({at["thought_length"] for row in mine for at in row["far"]})
         lines = [f"| {task} | method | {' | '.join(map(str, lengths))} |", "|---" * (2 + len(lengths)) + "|"]
         for row in mine:
             shown = {at["thought_length"]: _tested(at) for at in row["far"]}
             lines.append(f"| {way(row)} | {title(row)} | {' | '.join(shown.get(n, '') for n in lengths)} |")
-        tables += ["\n".join(lines) + "\n"] * bool(mine)
+        tables.append("\n".join(lines) + "\n")
     return "\n".join(tables)
 
 
