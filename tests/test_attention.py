@@ -1,6 +1,6 @@
 """Every attention backend gives the results of sdpa: rollout, log-probs and gradients.
 
-flash-attn needs a GPU and its package; without them a plain function with its documented meaning takes its place, so
+flash-attn needs a GPU and its package; without them plain functions with its documented meaning take its place, so
 what is tested here is what we hand to it. flex_attention runs without its compilation, and PyTorch has its backward on
 GPUs alone.
 """
@@ -17,6 +17,7 @@ from tiny import random_tokens, tiny_model, tiny_pte
 from verl_pte import RolloutEngine, SamplingParams
 from verl_pte.core import flash
 from verl_pte.core.attention import BACKENDS
+from verl_pte.engine import attention, flash_decode
 from verl_pte.learner import Replay
 
 GPU = torch.cuda.is_available()
@@ -26,8 +27,25 @@ LENGTHS = ((5, 30), (19, 3), (3, 1), (14, 26))
 
 @pytest.fixture
 def flash_calls(monkeypatch):
-    """flash_attn_varlen_func by its documentation: one sequence after the other, causal from the bottom right."""
-    calls = []
+    """flash-attn's functions by its documentation.
+
+    varlen: one sequence after the other, causal from the bottom right. with_kvcache: of each row of `cache_batch_idx`
+    the keys from `cache_leftpad` to `cache_seqlens`; zeros and an infinite log-sum-exp where there are none.
+    """
+    calls, decodes = [], []
+
+    def with_kvcache(q, k, v, cache_seqlens, cache_batch_idx, cache_leftpad, softmax_scale, return_softmax_lse):
+        assert return_softmax_lse and k.stride(-1) == v.stride(-1) == q.stride(-1) == 1
+        assert cache_seqlens.dtype == cache_batch_idx.dtype == cache_leftpad.dtype == torch.int32
+        assert len(q) == len(cache_seqlens) == len(cache_batch_idx) == len(cache_leftpad)
+        decodes.append((cache_seqlens - cache_leftpad).tolist())
+        at = torch.arange(k.shape[1])
+        unseen = ((at < cache_leftpad[:, None]) | (at >= cache_seqlens[:, None]))[:, None, None]
+        ka, va = (t[cache_batch_idx].repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+        scores = (torch.einsum("aqhd,akhd->ahqk", q, ka) * softmax_scale).masked_fill(unseen, -torch.inf)
+        empty = (cache_leftpad == cache_seqlens)[:, None, None]
+        out = torch.einsum("ahqk,akhd->aqhd", scores.softmax(-1).nan_to_num(), va)
+        return out, scores.logsumexp(-1).masked_fill(empty, torch.inf)
 
     def varlen(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale=None, causal=False):
         assert causal and cu_q.dtype == cu_k.dtype == torch.int32 and cu_q.is_contiguous() and cu_k.is_contiguous()
@@ -44,8 +62,9 @@ def flash_calls(monkeypatch):
             outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), vb))
         return torch.cat(outs)
 
-    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=varlen))
-    return calls
+    functions = {"flash_attn_varlen_func": varlen, "flash_attn_with_kvcache": with_kvcache}
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(**functions))
+    return types.SimpleNamespace(many=calls, decode=decodes)
 
 
 def with_backend(backend, arch="qwen2", **knobs):
@@ -59,8 +78,48 @@ def with_backend(backend, arch="qwen2", **knobs):
 @pytest.mark.parametrize("arch", ["qwen2", "llama", "qwen3", "mistral"])
 def test_flash_attention_agrees_with_the_oracle(arch, window, flash_calls):
     check_agreement(with_backend("flash_attention_2", arch, window=window))
-    assert any(len(call) > 1 for call in flash_calls)
-    assert any(keys > queries > 1 for call in flash_calls for queries, keys in call)  # a past, and more than one token
+    assert any(len(call) > 1 for call in flash_calls.many)
+    assert any(keys > queries > 1 for call in flash_calls.many for queries, keys in call)  # a past, and several tokens
+    runs_of_rows = [row for call in flash_calls.decode for row in torch.tensor(call).view(flash_decode.RUNS, -1).T]
+    assert {int((row > 0).sum()) for row in runs_of_rows} == {1, 2, 3}  # the last without a window: rows that idle
+
+
+def test_flash_decode_agrees_where_the_gap_lies_across_the_end_of_the_ring(flash_calls):
+    model = with_backend("flash_attention_2", "llama", window=20, evict_fraction=0.33)
+    schedule = model.peft_config["default"].schedule()
+    assert schedule.window % schedule.chunk
+    check_agreement(model)
+
+
+def test_runs_of_slots():
+    visible = torch.tensor([[1, 1, 0, 1, 0, 1], [0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0]]).bool()
+    runs = flash_decode.Runs.of(visible[:, None, None])
+    assert runs.rows_A.tolist() == [0, 1, 2, 3] * 3
+    pairs = torch.stack([runs.first_A, runs.end_A], -1).view(3, 4, 2).transpose(0, 1).tolist()
+    assert [[tuple(run) for run in row if run[0] < run[1]] for row in pairs] == [
+        [(0, 2), (3, 4), (5, 6)],
+        [(5, 6)],
+        [(0, 6)],
+        [(1, 3)],
+    ]
+
+
+@pytest.mark.parametrize("window, fraction, block", [(8, 0.25, 4), (20, 0.33, 4), (7, 0.5, 1), (9, 0.99, 1)])
+def test_no_row_ever_sees_more_runs_than_are_asked_for(window, fraction, block):
+    model = tiny_pte("qwen2", window, evict_fraction=fraction, block_size=block)
+    engine = RolloutEngine(model, max_num_seqs=3, max_prompt_length=9, max_response_length=70)
+    most, begin_decode = 0, engine.cache.begin_decode
+
+    def begin(position_B):
+        nonlocal most
+        visible = begin_decode(position_B)
+        edges = torch.nn.functional.pad(visible[:, 0, 0].int(), (1, 1)).diff()
+        most = max(most, int((edges == 1).sum(1).max()))
+        return visible
+
+    engine.cache.begin_decode = begin
+    engine.generate(random_tokens(1, 9, 4, 6), [SamplingParams(max_tokens=n, temperature=0) for n in (70, 50, 9, 61)])
+    assert most == flash_decode.RUNS
 
 
 @pytest.mark.parametrize("window", [8, None])
@@ -117,6 +176,21 @@ def test_packing():
 @pytest.mark.skipif(not GPU, reason="PyTorch has flex_attention's backward on GPUs alone")
 def test_gradients_of_flex_attention_on_a_gpu():
     check_gradients("flex_attention", 1e-4, device="cuda")
+
+
+@pytest.mark.skipif(not WITH_FLASH, reason="needs a GPU and the flash-attn package")
+def test_a_decode_step_of_flash_attention_on_a_gpu():
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(5, 8, 1, 64), (5, 2, 50, 64), (5, 2, 50, 64)]
+    query, key, value = (torch.randn(s, generator=generator, device="cuda", dtype=torch.bfloat16) for s in shapes)
+    visible = torch.ones(5, 50, dtype=torch.bool, device="cuda")
+    for row, gaps in enumerate([((7, 9), (20, 31)), ((0, 49),), (), ((3, 50),), ((1, 4), (40, 50))]):
+        for gap in gaps:
+            visible[row, slice(*gap)] = False
+    module, visible = torch.nn.Module(), visible[:, None, None]
+    found, _ = flash_decode.flash_decode(module, query, key, value, None, flash_decode.Runs.of(visible), scaling=0.125)
+    expected, _ = attention.decode_attention(module, query, key, value, visible, scaling=0.125)
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.skipif(not WITH_FLASH, reason="needs a GPU and the flash-attn package")

@@ -8,7 +8,7 @@ each backend wants it in its own form:
     flex_attention     a `BlockMask`, which skips blocks that nobody sees; PyTorch has its backward on GPUs alone
     flash_attention_2  no mask: sequences packed without padding (flash.py)
 
-Decode steps of the rollout engine are a fifth case, with an attention of their own (engine/attention.py).
+Decode steps of the rollout engine have attentions of their own (engine/attention.py, engine/flash_decode.py).
 
 Shape suffixes: B rows, N queries a row, S keys a row.
 """

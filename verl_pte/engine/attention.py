@@ -3,7 +3,7 @@
 transformers' sdpa path repeats keys and values for every query head when there is a mask, a copy of the whole cache a
 layer and step. With one query a head, the heads of a group can be the queries of one head: the same sums, no copy.
 Registered with transformers under NAME; the engine selects it for its decode steps, but where the model has eager
-attention. flash-attn is no better there: a row's slots have gaps, and shapes must not change from step to step.
+attention, or flash-attn's (flash_decode.py).
 
 Shape suffixes: B rows, H heads, K kv heads, G heads a kv head, S slots, D head_dim.
 """
@@ -13,8 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from verl_pte.engine import flash_decode
+
 NAME = "pte_decode"
-REPLACES = {"sdpa": NAME, "flex_attention": NAME, "flash_attention_2": NAME}
+REPLACES = {"sdpa": NAME, "flex_attention": NAME, "flash_attention_2": flash_decode.NAME}
 
 
 def decode_attention(

@@ -10,6 +10,7 @@ Shape suffixes: B rows, N tokens of a call, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from verl_pte.core import flash
 from verl_pte.core.attention import attention_inputs, selected
 from verl_pte.core.cache import BoundedCache, Step
 from verl_pte.core.encoder_stack import EncoderStack
-from verl_pte.engine import attention
+from verl_pte.engine import attention, flash_decode
 from verl_pte.peft import refresh_shared_inputs, thought_encoders
 
 
@@ -51,8 +52,11 @@ class Forward:
     def prefill(self, tokens_BN: Tensor, step: Step) -> Tensor:
         """Run a chunk of prompts; returns the logits after each row's last token [B, V]."""
         last_B = step.valid.sum(1).clamp_min(1) - 1
-        with selected(self.decoder.config, flash.REPLACES):
-            hidden = self._hidden(tokens_BN, self.cache.begin(step))
+        decoder = self.decoder
+        with selected(decoder.config, flash.REPLACES):
+            visible = self.cache.begin(step)
+            inputs = attention_inputs(visible, step.valid, decoder.config, decoder.dtype)
+            hidden = self._hidden(tokens_BN, inputs)
         return self.lm_head(hidden[torch.arange(len(last_B), device=last_B.device), last_B])
 
     @torch.no_grad()
@@ -69,16 +73,21 @@ class Forward:
 
     def _decode_eagerly(self, tokens_and_positions_2B: Tensor) -> Tensor:
         token_B, position_B = tokens_and_positions_2B
-        return self.lm_head(self._hidden(token_B[:, None], self.cache.begin_decode(position_B))[:, 0])
+        visible, decoder = self.cache.begin_decode(position_B), self.decoder
+        if decoder.config._attn_implementation == flash_decode.NAME:
+            inputs = {"attention_mask": None, "runs": flash_decode.Runs.of(visible)}
+        else:
+            inputs = attention_inputs(visible, self.cache.step.valid, decoder.config, decoder.dtype)
+        return self.lm_head(self._hidden(token_B[:, None], inputs)[:, 0])
 
-    def _hidden(self, tokens_BN: Tensor, visible: Tensor) -> Tensor:
-        decoder, step = self.decoder, self.cache.step
-        return decoder(
+    def _hidden(self, tokens_BN: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """`inputs`: what makes the call's queries see what they should."""
+        return self.decoder(
             input_ids=tokens_BN,
-            position_ids=step.positions,
+            position_ids=self.cache.step.positions,
             past_key_values=self.cache,
             use_cache=True,
-            **attention_inputs(visible, step.valid, decoder.config, decoder.dtype),
+            **inputs,
         ).last_hidden_state
 
 
