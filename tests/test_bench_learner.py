@@ -75,20 +75,22 @@ def test_ratios_are_those_of_the_samples(result: Any) -> None:
                 assert row[f"{mine}/{other}"][name] == [a / b] * 3
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_baseline_and_replay_compute_the_same(checkpointing: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("checkpointing", "attention"), [(True, "sdpa"), (False, "sdpa"), (True, "eager")])
+def test_baseline_and_replay_compute_the_same(checkpointing: bool, attention: str, tmp_path: Path) -> None:
     """Loss and gradients: a frozen state is the identity, so without a window, or in one that nothing leaves, the
     replay is PEFT LoRA. verl's engine is compared with PEFT in tests/verl/test_learner_baseline.py.
     """
     from verl_pte.bench.learner_steps import PeftStep, ReplayStep, make_batch
     from verl_pte.bench.models import make_models
 
-    settings = LearnerSettings(**TINY | {"window": 256}, num_seqs=2, checkpointing=checkpointing)
+    more = dict(num_seqs=2, checkpointing=checkpointing, attention=attention)
+    settings = LearnerSettings(**TINY | {"window": 256} | more)
     make_models(settings, tmp_path)
     batch = make_batch(settings, 8192, 64)
     peft = PeftStep(settings, tmp_path)
     for method in ("full", "lora_c"):
         replay = ReplayStep(settings, method, tmp_path)
+        assert {step.model.config._attn_implementation for step in (peft, replay)} == {attention}
         ours = {n.replace("pte_adapter.default.", ""): p for n, p in replay.model.named_parameters() if "lora_" in n}
         theirs = {n.replace("default.", ""): p for n, p in peft.model.named_parameters() if "lora_" in n}
         assert ours.keys() == theirs.keys() and len(ours) == settings.layers * 7 * 2

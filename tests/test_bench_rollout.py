@@ -8,8 +8,11 @@ import torch
 from bench_run import check_methods, run
 from typer.testing import CliRunner
 
-from verl_pte.bench import equal_memory, report
+from verl_pte.bench import decode, equal_memory, report
 from verl_pte.bench.__main__ import app
+from verl_pte.bench.decode_settings import DecodeSettings
+from verl_pte.bench.engines import NativeEngine, check_attention
+from verl_pte.bench.models import make_models
 from verl_pte.bench.settings import QUICK, Settings, default_engine
 
 ARGUMENTS = ["--quick", "--json", "--lengths", "64,128", "--repeats", "1"]
@@ -50,9 +53,46 @@ def test_native_engine_without_vllm(tmp_path: Path, without_vllm: dict[str, str]
 
 def test_default_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("verl_pte.bench.settings.supported_version", lambda: True)
-    assert [default_engine(device) for device in ("auto", "cpu", "cuda")] == ["vllm", "native", "native"]
+    assert [default_engine(device, "sdpa") for device in ("auto", "cpu", "cuda")] == ["vllm", "native", "native"]
+    assert default_engine("auto", "eager") == "native"
     monkeypatch.setattr("verl_pte.bench.settings.supported_version", lambda: False)
-    assert default_engine("auto") == "native"
+    assert default_engine("auto", "sdpa") == "native"
+
+
+def test_models_have_the_attention_asked_for(tmp_path: Path) -> None:
+    settings = Settings(**QUICK | {"engine": "native", "attention": "eager", "device": "cpu"})
+    make_models(settings, tmp_path)
+    assert NativeEngine(settings, "pte", tmp_path).model.config._attn_implementation == "eager"
+    assert decode._base(DecodeSettings(settings)).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("command", ["rollout", "learner", "decode"])
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--attention", "flash"], "--attention flash: must be one of sdpa, eager, flex_attention, flash_attention_2"),
+        (["--attention", "flash_attention_2"], "takes --dtype bfloat16 or float16, not float32"),
+        (["--attention", "flash_attention_2", "--dtype", "bfloat16"], "needs pip install 'verl-pte[flash-attn]'"),
+    ],
+)
+def test_an_attention_that_is_not_to_be_had(
+    command: str, arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("verl_pte.bench.settings.find_spec", lambda name: None)
+    result = CliRunner().invoke(app, [command, *arguments, "--output", str(tmp_path)])
+    assert result.exit_code == 2 and complaint in result.stderr
+
+
+def test_an_attention_that_needs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("verl_pte.bench.settings.find_spec", lambda name: "found")
+    sizes = dict(engine="native", device="cpu", dtype="bfloat16")
+    check_attention(Settings(**sizes, attention="flex_attention"), gradients=False)
+    with pytest.raises(ValueError, match="--attention flex_attention: needs a GPU for gradients"):
+        check_attention(Settings(**sizes, attention="flex_attention"), gradients=True)
+    with pytest.raises(ValueError, match="--attention flash_attention_2: needs a GPU$"):
+        check_attention(Settings(**sizes, attention="flash_attention_2"), gradients=False)
+    with pytest.raises(ValueError, match="must be sdpa with --engine vllm, which has its own"):
+        Settings(engine="vllm", attention="eager")
 
 
 def test_a_budget_too_small_for_one_sequence() -> None:

@@ -24,6 +24,7 @@ from verl_pte.bench.command import (
 from verl_pte.bench.decode_command import decode_command
 from verl_pte.bench.learning.command import learning_command
 from verl_pte.bench.settings import DEVICES, DTYPES, ENGINES, QUICK, Settings, default_engine
+from verl_pte.core.attention import BACKENDS
 from verl_pte.plan.configs import NAMED
 from verl_pte.vllm.version import require_version
 
@@ -42,7 +43,7 @@ _LENGTHS = ",".join(map(str, _DEFAULT.lengths))
 @app.command("rollout")
 def rollout_command(
     engine: Annotated[
-        str | None, option(f"{' or '.join(ENGINES)}.", "vllm where it is installed and --device is auto, else native")
+        str | None, option(f"{' or '.join(ENGINES)}.", "native with --device or --attention, else vllm if installed")
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny run, to see that all works.")] = False,
     lengths: Annotated[str | None, option("Tokens generated, rising.", _LENGTHS)] = None,
@@ -55,6 +56,7 @@ def rollout_command(
     model: Annotated[str | None, option(f"{', '.join(NAMED)}, or a config.json.", "the random Qwen2")] = None,
     dtype: Annotated[str | None, option(f"{', '.join(DTYPES)}.", _DEFAULT.dtype)] = None,
     device: Annotated[str | None, option(f"Of the native engine: {', '.join(DEVICES)}.", _DEFAULT.device)] = None,
+    attention: Annotated[str | None, option(f"{', '.join(BACKENDS)}.", _DEFAULT.attention)] = None,
     threads: Annotated[int | None, option("Of each method's process, on CPUs.", _DEFAULT.threads)] = None,
     eager: Annotated[bool | None, option("vLLM without or with compilation.", "--compile", "--eager/--compile")] = None,
     repeats: Annotated[int | None, option("Of each measurement.", _DEFAULT.repeats)] = None,
@@ -76,13 +78,14 @@ def rollout_command(
     given: dict[str, Any] = dict(
         engine=engine, window=window, num_seqs=num_seqs, prompt_length=prompt_length, rank=rank
     )
-    given |= dict(hidden_size=hidden_size, layers=layers, model=model, dtype=dtype, device=device)
+    given |= dict(hidden_size=hidden_size, layers=layers, model=model, dtype=dtype, device=device, attention=attention)
     given |= dict(threads=threads, eager=eager, repeats=repeats, seed=seed, budget_mib=budget_mib)
     with reported_errors():
         if lengths is not None:
             given["lengths"] = parse_lengths(lengths, _LENGTHS)
         chosen = {name: value for name, value in given.items() if value is not None}
-        chosen.setdefault("engine", default_engine(chosen.get("device", _DEFAULT.device)))
+        where = {name: chosen.get(name, getattr(_DEFAULT, name)) for name in ("device", "attention")}
+        chosen.setdefault("engine", default_engine(**where))
         # Part of a quick run on the native engine; vLLM would be started once for each length and method.
         chosen["equal_memory"] = equal_memory or budget_mib is not None or (quick and chosen["engine"] == "native")
         _run(Settings(**(QUICK if quick else {}) | chosen), output, as_json)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from verl_pte.bench.decode_settings import ARMS, Arm, DecodeSettings
-from verl_pte.bench.engines import device_name, native_device
+from verl_pte.bench.engines import check_attention, device_name, native_device
 from verl_pte.bench.models import attach_random, base_config
 from verl_pte.engine import RolloutEngine, SamplingParams
 
@@ -33,6 +33,7 @@ def measure(settings: DecodeSettings, progress: Callable[[str, int], None]) -> l
 
     `progress` is told what begins, and how much was done since it was told last.
     """
+    check_attention(settings.sizes, gradients=False)
     progress("making models", 0)
     base = _base(settings)
     engines = {name: _engine(settings, arm, base) for name, arm in ARMS.items()}
@@ -65,7 +66,8 @@ def _base(settings: DecodeSettings) -> nn.Module:
     torch.set_num_threads(sizes.threads)
     torch.manual_seed(sizes.seed)
     with torch.device(native_device(sizes)):
-        return AutoModelForCausalLM.from_config(base_config(sizes), dtype=getattr(torch, sizes.dtype))
+        dtype = getattr(torch, sizes.dtype)
+        return AutoModelForCausalLM.from_config(base_config(sizes), dtype=dtype, attn_implementation=sizes.attention)
 
 
 def _engine(settings: DecodeSettings, arm: Arm, base: nn.Module) -> RolloutEngine:

@@ -15,6 +15,7 @@ from verl_pte.bench import decode, decode_report, machine
 from verl_pte.bench.command import draw_if_possible, option, print_json, progress_bar, reported_errors
 from verl_pte.bench.decode_settings import QUICK, QUICK_CYCLES, DecodeSettings
 from verl_pte.bench.settings import DEVICES, DTYPES, Settings
+from verl_pte.core.attention import BACKENDS
 from verl_pte.plan.configs import NAMED
 
 _SIZES, _CYCLES = Settings(), DecodeSettings(Settings()).cycles
@@ -31,6 +32,7 @@ def decode_command(
     model: Annotated[str | None, option(f"{', '.join(NAMED)}, or a config.json.", "the random Qwen2")] = None,
     dtype: Annotated[str | None, option(f"{', '.join(DTYPES)}.", _SIZES.dtype)] = None,
     device: Annotated[str | None, option(f"{', '.join(DEVICES)}.", _SIZES.device)] = None,
+    attention: Annotated[str | None, option(f"{', '.join(BACKENDS)}.", _SIZES.attention)] = None,
     threads: Annotated[int | None, option("On CPUs.", _SIZES.threads)] = None,
     cycles: Annotated[int | None, option("Eviction cycles measured.", _CYCLES)] = None,
     seed: Annotated[int | None, option("Of weights and prompts.", _SIZES.seed)] = None,
@@ -42,7 +44,7 @@ def decode_command(
     Options given beside --quick replace its own.
     """
     given: dict[str, Any] = dict(window=window, num_seqs=num_seqs, prompt_length=prompt_length, rank=rank)
-    given |= dict(hidden_size=hidden_size, layers=layers, model=model, dtype=dtype, device=device)
+    given |= dict(hidden_size=hidden_size, layers=layers, model=model, dtype=dtype, device=device, attention=attention)
     given |= dict(threads=threads, seed=seed)
     chosen = {name: value for name, value in given.items() if value is not None}
     with reported_errors():

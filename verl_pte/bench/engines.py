@@ -10,6 +10,7 @@ import torch
 
 from verl_pte.bench.models import random_prompts
 from verl_pte.bench.settings import Settings
+from verl_pte.core.attention import NEEDS_GPU
 
 
 class Held(NamedTuple):
@@ -54,6 +55,13 @@ def native_device(settings: Settings) -> str:
     if place == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
     return place
+
+
+def check_attention(settings: Settings, gradients: bool) -> None:
+    """Raises ValueError if the attention asked for does not run on the device, or has no gradients there."""
+    name = settings.attention
+    if native_device(settings) == "cpu" and name in NEEDS_GPU and (gradients or name != "flex_attention"):
+        raise ValueError(f"--attention {name}: needs a GPU{' for gradients' if name == 'flex_attention' else ''}")
 
 
 def device_name(place: str) -> str:
@@ -128,7 +136,9 @@ class NativeEngine:
 
         place = native_device(settings)
         self.settings, self.dtype = settings, getattr(torch, settings.dtype)
-        base = AutoModelForCausalLM.from_pretrained(models / "base", dtype=self.dtype)
+        base = AutoModelForCausalLM.from_pretrained(
+            models / "base", dtype=self.dtype, attn_implementation=settings.attention
+        )
         self.model = PeftModel.from_pretrained(base, models / method).to(place)
         self.prompts = random_prompts(settings, base.config.vocab_size)
         self.engine: Any = None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from verl_pte.bench import turns
-from verl_pte.bench.engines import native_device
+from verl_pte.bench.engines import check_attention
 from verl_pte.bench.learner_settings import LearnerSettings
 from verl_pte.bench.models import make_models
 from verl_pte.bench.rollout import Measured
@@ -39,8 +39,8 @@ def total_work(settings: LearnerSettings) -> int:
 
 
 def measure(settings: LearnerSettings, output: Path, progress: Callable[[str, int], None]) -> Measured:
-    """Run it all; arguments and errors as of turns.py. Raises ValueError for a device that is not there."""
-    native_device(settings)
+    """Run it all; arguments and errors as of turns.py. Raises ValueError for what is not to be had here."""
+    check_attention(settings, gradients=True)
     with tempfile.TemporaryDirectory(prefix="verl_pte_bench_") as folder:
         models = Path(folder)
         progress("making models", 0)

@@ -16,6 +16,7 @@ from verl_pte.bench import learner, learner_report, machine
 from verl_pte.bench.command import draw_if_possible, option, parse_lengths, print_json, progress_bar, reported_errors
 from verl_pte.bench.learner_settings import BASELINES, QUICK, LearnerSettings
 from verl_pte.bench.settings import DEVICES, DTYPES
+from verl_pte.core.attention import BACKENDS
 from verl_pte.plan.configs import NAMED
 
 _DEFAULT = LearnerSettings()
@@ -35,6 +36,7 @@ def command(
     model: Annotated[str | None, option(f"{', '.join(NAMED)}, or a config.json.", "the random Qwen2")] = None,
     dtype: Annotated[str | None, option(f"{', '.join(DTYPES)}.", _DEFAULT.dtype)] = None,
     device: Annotated[str | None, option(f"{', '.join(DEVICES)}.", _DEFAULT.device)] = None,
+    attention: Annotated[str | None, option(f"{', '.join(BACKENDS)}.", _DEFAULT.attention)] = None,
     threads: Annotated[int | None, option("Of each method's process, on CPUs.", _DEFAULT.threads)] = None,
     chunk_tokens: Annotated[int | None, option("Most tokens of a replay's call.", _DEFAULT.chunk_tokens)] = None,
     baseline: Annotated[str | None, option(f"Full cache by: {', '.join(BASELINES)}.", _DEFAULT.baseline)] = None,
@@ -50,7 +52,15 @@ def command(
     Options given beside --quick replace its own.
     """
     given: dict[str, Any] = dict(window=window, num_seqs=num_seqs, prompt_length=prompt_length, rank=rank)
-    given |= dict(hidden_size=hidden_size, layers=layers, model=model, dtype=dtype, device=device, threads=threads)
+    given |= dict(
+        hidden_size=hidden_size,
+        layers=layers,
+        model=model,
+        dtype=dtype,
+        device=device,
+        attention=attention,
+        threads=threads,
+    )
     given |= dict(chunk_tokens=chunk_tokens, baseline=baseline, checkpointing=checkpointing)
     given |= dict(repeats=repeats, seed=seed)
     with reported_errors():

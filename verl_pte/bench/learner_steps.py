@@ -76,7 +76,9 @@ class ReplayStep:
 
         self.device, self.chunk_tokens = torch.device(native_device(settings)), settings.chunk_tokens
         dtype = getattr(torch, settings.dtype)
-        base = AutoModelForCausalLM.from_pretrained(models / "base", dtype=dtype)
+        base = AutoModelForCausalLM.from_pretrained(
+            models / "base", dtype=dtype, attn_implementation=settings.attention
+        )
         model = PeftModel.from_pretrained(base, models / method, is_trainable=True)
         self.model = model.to(self.device).train()
         self.runs = f"streamed replay, chunks of at most {self.chunk_tokens} tokens"
@@ -113,7 +115,9 @@ class PeftStep:
 
         self.device = torch.device(native_device(settings))
         dtype = getattr(torch, settings.dtype)
-        base = AutoModelForCausalLM.from_pretrained(models / "base", dtype=dtype, attn_implementation="sdpa")
+        base = AutoModelForCausalLM.from_pretrained(
+            models / "base", dtype=dtype, attn_implementation=settings.attention
+        )
         base.enable_input_require_grads()
         if settings.checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -121,7 +125,7 @@ class PeftStep:
         config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules="all-linear")
         self.model = get_peft_model(base, config).to(self.device).train()
         checkpointing = "with" if settings.checkpointing else "without"
-        self.runs = f"PEFT LoRA on the transformers model, sdpa, {checkpointing} gradient checkpointing"
+        self.runs = f"PEFT LoRA on the transformers model, {settings.attention}, {checkpointing} gradient checkpointing"
 
     def prepare(self, batch: Batch) -> None:
         """Gradients go, the batch goes to the device."""

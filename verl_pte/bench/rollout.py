@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from verl_pte.bench import equal_memory, turns
-from verl_pte.bench.engines import native_device
+from verl_pte.bench.engines import check_attention
 from verl_pte.bench.models import make_models
 from verl_pte.bench.settings import Settings
 from verl_pte.bench.worker import RolloutWorker
@@ -27,8 +27,8 @@ def total_work(settings: Settings) -> int:
 
 
 def measure(settings: Settings, output: Path, progress: Callable[[str, int], None]) -> Measured:
-    """Run it all; arguments and errors as of turns.py. Raises ValueError for a device that is not there."""
-    native_device(settings)
+    """Run it all; arguments and errors as of turns.py. Raises ValueError for what is not to be had here."""
+    check_attention(settings, gradients=False)
     with tempfile.TemporaryDirectory(prefix="verl_pte_bench_") as folder:
         models = Path(folder)
         progress("making models", 0)

@@ -4,9 +4,11 @@ Left out: how it is run (rollout.py) and what is made of the samples (report.py)
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from verl_pte.config import PTEConfig
+from verl_pte.core.attention import BACKENDS
 from verl_pte.plan.configs import check_model
 from verl_pte.vllm.version import supported_version
 
@@ -47,6 +49,7 @@ class Settings:
         model: a name of configs.py, or a transformers config.json or its folder, to take all sizes from instead.
         dtype: of weights and cache.
         device: where the native engine runs; vLLM runs where its build does.
+        attention: of the models, as transformers names it (core/attention.py), the full cache's too; vLLM has its own.
         threads: of each method's process, on CPUs.
         eager: vLLM without torch.compile and CUDA graphs. The native engine is not compiled here either way.
         repeats: measurements of each method and length.
@@ -66,6 +69,7 @@ class Settings:
     model: str | None = None
     dtype: str = "float32"
     device: str = "auto"
+    attention: str = "sdpa"
     threads: int = 1
     eager: bool = False
     repeats: int = 5
@@ -74,7 +78,8 @@ class Settings:
     budget_mib: float | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("engine", ENGINES), ("dtype", DTYPES), ("device", DEVICES)):
+        choices = (("engine", ENGINES), ("dtype", DTYPES), ("device", DEVICES), ("attention", BACKENDS))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be one of {', '.join(allowed)}")
         lengths = ",".join(map(str, self.lengths))
@@ -93,6 +98,13 @@ class Settings:
             raise ValueError(
                 f"--device {self.device}: must be auto with --engine vllm, which runs where its build does"
             )
+        if self.engine == "vllm" and self.attention != "sdpa":
+            raise ValueError(f"--attention {self.attention}: must be sdpa with --engine vllm, which has its own")
+        if self.attention == "flash_attention_2":
+            if self.dtype == "float32":
+                raise ValueError("--attention flash_attention_2: takes --dtype bfloat16 or float16, not float32")
+            if find_spec("flash_attn") is None:
+                raise ValueError("--attention flash_attention_2: needs pip install 'verl-pte[flash-attn]'")
         if self.model is not None:
             check_model(self.model)
         self.method("pte")  # checks the window
@@ -109,9 +121,9 @@ class Settings:
         return full if limit is None else min(full, limit)
 
 
-def default_engine(device: str) -> str:
-    """`vllm` where the tested version is installed and its build may choose the device, `native` elsewhere."""
-    return "vllm" if device == "auto" and supported_version() else "native"
+def default_engine(device: str, attention: str) -> str:
+    """`vllm` where the tested version is installed and may choose device and attention, `native` elsewhere."""
+    return "vllm" if device == "auto" and attention == "sdpa" and supported_version() else "native"
 
 
 # A run that takes seconds, to see that all works. Its times say little: Python takes longer than the arithmetic.

@@ -44,7 +44,7 @@ class VerlStep:
             model_config=HFModelConfig(
                 path=str(models / "base"),
                 load_tokenizer=False,
-                override_config={"attn_implementation": "sdpa"},
+                override_config={"attn_implementation": settings.attention},
                 use_remove_padding=self.packs,
                 enable_gradient_checkpointing=settings.checkpointing,
                 lora_rank=settings.rank,
@@ -62,8 +62,8 @@ class VerlStep:
         checkpointing = "with" if settings.checkpointing else "without"
         packing = "with" if self.packs else "without"
         self.runs = (
-            f"verl's FSDPEngineWithLMHead, FSDP2, one rank, LoRA, sdpa, {checkpointing} gradient checkpointing, "
-            f"{packing} remove-padding, entropy not computed"
+            f"verl's FSDPEngineWithLMHead, FSDP2, one rank, LoRA, {settings.attention}, "
+            f"{checkpointing} gradient checkpointing, {packing} remove-padding, entropy not computed"
         )
 
     def prepare(self, batch: Batch) -> None:
