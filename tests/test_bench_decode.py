@@ -107,6 +107,7 @@ def test_parts_add_up() -> None:
         (["--cycles", "0"], "--cycles 0: must be at least 1"),
         (["--window", "250"], "window=250: must be a multiple of block_size=16"),
         (["--device", "tpu"], "--device tpu: must be one of auto, cpu, cuda"),
+        (["--attention", "flex_attention"], "--attention flex_attention: decode steps do not run it"),
     ],
 )
 def test_wrong_options_are_named(arguments: list[str], complaint: str) -> None:

@@ -73,6 +73,7 @@ OPTIONAL = {
 # Of those, what each part may import; a part that is not named here may import none.
 MAY_IMPORT_OPTIONAL = {
     "core": {"flash_attn"},  # where it is used: the first call of a model that has it
+    "engine": {"flash_attn"},  # likewise
     "data": {"datasets"},  # where a hub set is read
     "vllm": {"vllm"},
     "megatron": {"megatron"},

@@ -28,6 +28,7 @@ def exercise(rank: int, settings: LearnerSettings, folder: Path) -> None:
     for baseline, step, model in (("peft", peft, peft.model), ("verl", verl, verl.engine.module)):
         parameters = _lora(model)
         assert parameters.keys() == weights.keys()
+        assert model.config._attn_implementation == settings.attention
         with torch.no_grad():
             for name, parameter in parameters.items():
                 _whole(parameter).copy_(weights[name])

@@ -105,6 +105,16 @@ FSDP = "actor_rollout_ref.actor.fsdp_config"
             r"half precision, but actor_rollout_ref\.actor\.fsdp_config\.mixed_precision\.param_dtype=fp32",
         ),
         (
+            [
+                "trainer.device=cuda",
+                f"+{MODEL}.override_config.attn_implementation=flash_attention_2",
+                f"{ROLLOUT}.dtype=bfloat16",
+                f"++{FSDP}.mixed_precision.param_dtype=bf16",
+                f"++{ROLLOUT}.engine_kwargs.pte.compile=true",
+            ],
+            r"flash_attention_2: torch\.compile cannot follow it, leave out rollout\.engine_kwargs\.pte\.compile",
+        ),
+        (
             [f"+{MODEL}.override_config.attn_implementation=flash_attention_3"],
             r"attn_implementation='flash_attention_3': must be one of sdpa, eager, flex_attention, flash_attention_2",
         ),

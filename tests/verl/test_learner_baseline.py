@@ -10,10 +10,19 @@ from verl_pte.bench.learner_settings import LearnerSettings
 TOLERANCE = 1e-5  # relative; float32, and the loss is summed in another order
 
 
-def test_verl_computes_what_peft_does(tmp_path):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_verl_computes_what_peft_does(attention, tmp_path):
     """The loss, and the gradients of each layer's `lora_A` and `lora_B`, on random weights."""
     settings = LearnerSettings(
-        lengths=(40,), window=32, prompt_length=12, num_seqs=2, rank=4, hidden_size=64, layers=2, device="cpu"
+        lengths=(40,),
+        window=32,
+        prompt_length=12,
+        num_seqs=2,
+        rank=4,
+        hidden_size=64,
+        layers=2,
+        device="cpu",
+        attention=attention,
     )
     mp.spawn(exercise, args=(settings, tmp_path), nprocs=1)
     found = torch.load(tmp_path / "found.pt")

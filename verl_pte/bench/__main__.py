@@ -43,7 +43,8 @@ _LENGTHS = ",".join(map(str, _DEFAULT.lengths))
 @app.command("rollout")
 def rollout_command(
     engine: Annotated[
-        str | None, option(f"{' or '.join(ENGINES)}.", "native with --device or --attention, else vllm if installed")
+        str | None,
+        option(f"{' or '.join(ENGINES)}.", "vllm if installed, native with a --device or --attention of its own"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A tiny run, to see that all works.")] = False,
     lengths: Annotated[str | None, option("Tokens generated, rising.", _LENGTHS)] = None,

@@ -41,6 +41,8 @@ class DecodeSettings:
     def __post_init__(self) -> None:
         if self.cycles < 1:
             raise ValueError(f"--cycles {self.cycles}: must be at least 1")
+        if self.sizes.attention == "flex_attention":
+            raise ValueError("--attention flex_attention: decode steps do not run it; measure rollout or learner")
         object.__setattr__(self, "sizes", replace(self.sizes, engine="native", lengths=(self.num_tokens,)))
 
     @property

@@ -81,7 +81,7 @@ class ReplayStep:
         )
         model = PeftModel.from_pretrained(base, models / method, is_trainable=True)
         self.model = model.to(self.device).train()
-        self.runs = f"streamed replay, chunks of at most {self.chunk_tokens} tokens"
+        self.runs = f"streamed replay, {settings.attention}, chunks of at most {self.chunk_tokens} tokens"
 
     def prepare(self, batch: Batch) -> None:
         """Gradients go; the replay takes the batch from the host."""

@@ -6,6 +6,7 @@ import re
 import subprocess
 import time
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ def hardware() -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Of Python and of what the numbers depend on."""
     names = ("torch", "transformers", "peft")
+    optional = [name for name in ("verl", "flash-attn") if find_spec(name.replace("-", "_"))]
     return {
         "python": platform.python_version(),
         "verl_pte": verl_pte.__version__,
         "vllm": installed_version(),
-        **{name: metadata.version(name) for name in names},
+        **{name: metadata.version(name) for name in (*names, *optional)},
     }
 
 

@@ -7,7 +7,6 @@ and without flash-attn its float32 log-probs token by token, in Python.
 
 import os
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,8 @@ class VerlStep:
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         torch.distributed.init_process_group(backend, init_method=f"file://{file}", rank=0, world_size=1)
         self.num_seqs, precision = settings.num_seqs, _PRECISIONS[settings.dtype]
-        # Packed rows need flash-attn's kernels for packing.
-        self.packs = on_gpu and find_spec("flash_attn") is not None
+        # With another attention packed rows would need a mask of every pair of their tokens.
+        self.packs = on_gpu and settings.attention == "flash_attention_2"
         self.engine = FSDPEngineWithLMHead(
             model_config=HFModelConfig(
                 path=str(models / "base"),

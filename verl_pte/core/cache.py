@@ -1,10 +1,10 @@
 """The bounded KV cache: a transformers Cache with fixed slots, whose evicted tokens become the thought state.
 
 Unmodified transformers decoders take it as ``past_key_values``. Every sequence owns one row of ``pinned_max + W``
-slots: pinned positions lie left-aligned, the window behind them is a ring. Keys are cached after RoPE at absolute
-positions, so the order of slots does not matter, only which of them may be seen: that is the 4D mask made here
-(transformers passes a 4D mask through as it is). One more slot at the end takes the keys of padding, and padded
-queries see nothing else, so that no softmax row is empty.
+slots: the window is a ring at their end, and pinned positions end where it begins, so that what a row holds has one
+gap at most. Keys are cached after RoPE at absolute positions, so the order of slots does not matter, only which of
+them may be seen: that is the 4D mask made here (transformers passes a 4D mask through as it is). One more slot at the
+end takes the keys of padding, and padded queries see nothing else, so that no softmax row is empty.
 
 One call of the model is, for prompts and for one more token of every row::
 
@@ -207,7 +207,7 @@ class BoundedCache(ThoughtCache):
     def slot(self, prompt_len: int, position: int) -> int:
         """Slot of a position within its row."""
         offset = position - self.schedule.pinned(prompt_len)
-        return position if offset < 0 else self.pinned_max + offset % self.ring
+        return self.pinned_max + (offset if offset < 0 else offset % self.ring)
 
     def plan(
         self,
@@ -264,7 +264,7 @@ class BoundedCache(ThoughtCache):
         """One token of every row, at these positions (-1: the row idles); returns the mask, bool [B, 1, 1, S]."""
         _refuse_gradients()
         offset_B = position_B - self.pinned_B
-        slot_B = torch.where(offset_B < 0, position_B, self.pinned_max + offset_B % self.ring)
+        slot_B = self.pinned_max + torch.where(offset_B < 0, offset_B, offset_B % self.ring)
         busy_B = position_B >= 0
         slots_B1 = torch.where(busy_B, slot_B, self.padding_slot)[:, None]
         self._current.step = Step(

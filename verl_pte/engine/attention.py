@@ -10,13 +10,16 @@ Shape suffixes: B rows, H heads, K kv heads, G heads a kv head, S slots, D head_
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from verl_pte.engine import flash_decode
 
 NAME = "pte_decode"
-REPLACES = {"sdpa": NAME, "flex_attention": NAME, "flash_attention_2": flash_decode.NAME}
+# flash-attn's build for AMD's GPUs ignores where a run begins.
+_FLASH = flash_decode.NAME if torch.version.hip is None else NAME
+REPLACES = {"sdpa": NAME, "flex_attention": NAME, "flash_attention_2": _FLASH}
 
 
 def decode_attention(

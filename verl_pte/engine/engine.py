@@ -74,6 +74,11 @@ class RolloutEngine:
                 f"max_prompt_length={max_prompt_length} + max_response_length={max_response_length} exceeds the "
                 f"model's max_position_embeddings={limit}: shorten them, or load a base model with more positions"
             )
+        if compile and model.config._attn_implementation == "flash_attention_2":
+            raise ValueError(
+                "compile=True: torch.compile cannot follow flash-attn's decoding kernel; leave it out, or load the "
+                "model with attn_implementation='sdpa'"
+            )
         self.model = _placed(model, device, dtype).eval()
         self.max_num_seqs, self.max_prompt_length = max_num_seqs, max_prompt_length
         self.max_response_length = max_response_length

@@ -1,14 +1,14 @@
 """flash-attn for decode steps: of each row one run of slots after the other, put together by their log-sum-exps.
 
-flash-attn's decoding kernel takes of each row of a cache the keys from a first to a last slot. What a row sees has
-gaps: behind its pinned tokens, and in the ring of its window where tokens have left. That makes three runs at most,
-some of them empty, so every row asks three times, as three rows of one call on the same cache. No shape depends on
-where the runs lie, so a CUDA graph can hold it.
+flash-attn's decoding kernel takes of each row of a cache the keys from a first to a last slot. What a row holds may
+have a gap, where tokens have left its window's ring (core/cache.py), so under a window every row asks twice, as two
+rows of one call on the same cache. One run may be empty. No shape depends on where the runs lie, so a CUDA graph can
+hold it.
 
 Registered with transformers under NAME, which attention.py has the engine select where the model has
 "flash_attention_2". The package is optional and imported when it is first used.
 
-Shape suffixes: B rows, A runs of all rows (RUNS x B), H heads, K kv heads, S slots, D head_dim.
+Shape suffixes: B rows, A runs of all rows, H heads, K kv heads, S slots, D head_dim.
 """
 
 from dataclasses import dataclass
@@ -19,29 +19,30 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 NAME = "pte_flash_decode"
-RUNS = 3
 
 
 @dataclass
 class Runs:
     """Of every row the runs of slots that it sees, first runs of all rows first; int32 [A]."""
 
+    a_row: int  # so many
     rows_A: Tensor
     first_A: Tensor
     end_A: Tensor  # one behind the last; as `first` where a run is empty
 
     @classmethod
-    def of(cls, visible_B11S: Tensor) -> "Runs":
-        """From a decode step's mask (BoundedCache.begin_decode)."""
-        visible_BS = visible_B11S[:, 0, 0]
+    def of(cls, visible_B11S: Tensor, window: int | None) -> "Runs":
+        """From a decode step's mask (BoundedCache.begin_decode). A row that idles may see one more; nobody reads it."""
+        visible_BS, a_row = visible_B11S[:, 0, 0], 1 if window is None else 2
         rows, slots = visible_BS.shape
         edges_BS = nn.functional.pad(visible_BS.int(), (1, 1)).diff()  # S + 1 of them
         at_S = torch.arange(slots + 1, device=visible_BS.device)
         first_BA, end_BA = (
-            torch.where(edges_BS == edge, at_S, slots).topk(RUNS, largest=False, sorted=True).values for edge in (1, -1)
+            torch.where(edges_BS == edge, at_S, slots).topk(a_row, largest=False, sorted=True).values
+            for edge in (1, -1)
         )
-        rows_A = torch.arange(rows, device=visible_BS.device).repeat(RUNS)
-        return cls(rows_A.int(), first_BA.T.flatten().int(), end_BA.T.flatten().int())
+        rows_A = torch.arange(rows, device=visible_BS.device).repeat(a_row)
+        return cls(a_row, rows_A.int(), first_BA.T.flatten().int(), end_BA.T.flatten().int())
 
 
 def flash_decode(
@@ -58,7 +59,7 @@ def flash_decode(
     from flash_attn import flash_attn_with_kvcache
 
     out_A1HD, lse_AH1 = flash_attn_with_kvcache(
-        query_BH1D.transpose(1, 2).repeat(RUNS, 1, 1, 1),
+        query_BH1D.transpose(1, 2).repeat(runs.a_row, 1, 1, 1),
         key_BKSD.transpose(1, 2),
         value_BKSD.transpose(1, 2),
         cache_seqlens=runs.end_A,
@@ -69,8 +70,8 @@ def flash_decode(
     )
     # Of an empty run flash-attn gives +inf.
     lse_A1H1 = lse_AH1.masked_fill((runs.first_A == runs.end_A)[:, None, None], -torch.inf)[:, None]
-    weights_A1H1 = lse_A1H1.unflatten(0, (RUNS, -1)).softmax(0).flatten(0, 1)
-    return (weights_A1H1 * out_A1HD).unflatten(0, (RUNS, -1)).sum(0).to(query_BH1D.dtype), None
+    weights_A1H1 = lse_A1H1.unflatten(0, (runs.a_row, -1)).softmax(0).flatten(0, 1)
+    return (weights_A1H1 * out_A1HD).unflatten(0, (runs.a_row, -1)).sum(0).to(query_BH1D.dtype), None
 
 
 AttentionInterface.register(NAME, flash_decode)

@@ -75,7 +75,7 @@ class Forward:
         token_B, position_B = tokens_and_positions_2B
         visible, decoder = self.cache.begin_decode(position_B), self.decoder
         if decoder.config._attn_implementation == flash_decode.NAME:
-            inputs = {"attention_mask": None, "runs": flash_decode.Runs.of(visible)}
+            inputs = {"attention_mask": None, "runs": flash_decode.Runs.of(visible, self.cache.schedule.window)}
         else:
             inputs = attention_inputs(visible, self.cache.step.valid, decoder.config, decoder.dtype)
         return self.lm_head(self._hidden(token_B[:, None], inputs)[:, 0])

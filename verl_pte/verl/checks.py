@@ -224,6 +224,9 @@ def _check_attention(config: Any) -> None:
         for name, dtype in precisions.items():
             if PrecisionType.is_fp32(dtype):
                 raise ValueError(f"{key}: flash-attn computes in half precision, but actor_rollout_ref.{name}={dtype}")
+        options = (parts.rollout.get("engine_kwargs", None) or {}).get(ROLLOUT, None) or {}
+        if parts.rollout.name == ROLLOUT and options.get("compile", False):
+            raise ValueError(f"{key}: torch.compile cannot follow it, leave out rollout.engine_kwargs.pte.compile")
 
 
 def _check_model_files(config: Any, pte: Any) -> None:
