@@ -115,7 +115,7 @@ def _run(settings: Settings, output: Path, as_json: bool) -> None:
     }
     json_file, plot = (output / f"rollout_{settings.engine}{suffix}" for suffix in (".json", ".png"))
     json_file.write_text(json.dumps(facts | {"samples": measured.samples}, indent=2) + "\n")
-    drawn = draw_if_possible(plot, lambda path: report.draw(settings, rows, path))
+    drawn = draw_if_possible(plot, lambda path: report.draw(settings, rows, measured.equal_memory, path))
     console.print(report.tables(settings, rows, memory))
     if measured.equal_memory is not None:
         console.print(equal_memory.table(settings, measured.equal_memory))

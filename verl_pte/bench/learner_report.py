@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from verl_pte.bench.learner_settings import LearnerSettings
-from verl_pte.bench.report import COLORS, MIB, two_panels
+from verl_pte.bench.report import COLORS, MIB, panels
 from verl_pte.bench.settings import METHODS
 
 PAIRS = (("pte", "full"), ("pte", "lora_c"), ("lora_c", "full"))
@@ -114,7 +114,7 @@ def tables(
 
 def draw(settings: LearnerSettings, rows: list[dict[str, Any]], path: Path) -> None:
     """Memory and time per token against the response length."""
-    with two_panels(settings, "response tokens of a sequence", path) as (memory, time):
+    with panels(settings, "response tokens of a sequence", path) as (memory, time):
         for method, (title, _) in METHODS.items():
             mine = [row for row in rows if row["method"] == method]
             lengths = [row["length"] for row in mine]

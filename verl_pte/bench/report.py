@@ -128,9 +128,12 @@ def tables(settings: Settings, rows: list[dict[str, Any]], of_method: dict[str, 
     return Group(times, peaks)
 
 
-def draw(settings: Settings, rows: list[dict[str, Any]], path: Path) -> None:
-    """Tokens per second and bytes per sequence against the length."""
-    with two_panels(settings, "tokens generated a sequence", path) as (speed, held):
+def draw(
+    settings: Settings, rows: list[dict[str, Any]], at_equal_memory: list[dict[str, Any]] | None, path: Path
+) -> None:
+    """Against the length: tokens per second, bytes per sequence, peak memory and, with its rows, equal memory."""
+    with panels(settings, "tokens generated a sequence", path, 3 if at_equal_memory is None else 4) as axes:
+        speed, held, peak = axes[:3]
         for method, (title, _) in METHODS.items():
             mine = [row for row in rows if row["method"] == method]
             lengths = [row["length"] for row in mine]
@@ -141,21 +144,31 @@ def draw(settings: Settings, rows: list[dict[str, Any]], path: Path) -> None:
             slowest, fastest = ([row["tokens"] / row["seconds_range"][end] for row in mine] for end in (1, 0))
             speed.fill_between(lengths, slowest, fastest, color=COLORS[method], alpha=0.15, linewidth=0)
             held.plot(lengths, [row["held_bytes"] / MIB for row in mine], **style)
+            peaks = [row["peak_memory"] if row["peak_gpu_memory"] is None else row["peak_gpu_memory"] for row in mine]
+            peak.plot(lengths, [value / MIB for value in peaks], **style)
+            fitting = [r for r in at_equal_memory or () if r["method"] == method and r["tokens_per_second"]]
+            if fitting:
+                axes[3].plot([r["length"] for r in fitting], [r["tokens_per_second"] for r in fitting], **style)
+                axes[3].set(title=f"tokens per second, {fitting[0]['budget_bytes'] / MIB:.0f} MiB of cache")
         speed.set(title=f"tokens per second, {settings.num_seqs} sequences")
         held.set(title="cache and state of a sequence, MiB")
+        peak.set(title=f"peak MiB of the {'process' if rows[0]['peak_gpu_memory'] is None else 'GPU'}")
 
 
 @contextlib.contextmanager
-def two_panels(settings: Settings, along: str, path: Path) -> Iterator[Any]:
-    """Two matplotlib axes over the lengths, saved to `path` at the end."""
+def panels(settings: Settings, along: str, path: Path, count: int = 2) -> Iterator[Any]:
+    """So many matplotlib axes over the lengths, saved to `path` at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
-    yield panels
-    for axes in panels:
+    columns = 3 if count == 3 else 2
+    size = (4.8 * columns, 3.6 * (count // columns))
+    figure, grid = plt.subplots(count // columns, columns, figsize=size, layout="constrained")
+    drawn = grid.flatten()
+    yield drawn
+    for axes in drawn:
         axes.set_xticks(settings.lengths)
         axes.set(xlabel=along, ylim=(0, None))
         axes.grid(alpha=0.3)
