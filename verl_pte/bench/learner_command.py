@@ -52,16 +52,8 @@ def command(
     Options given beside --quick replace its own.
     """
     given: dict[str, Any] = dict(window=window, num_seqs=num_seqs, prompt_length=prompt_length, rank=rank)
-    given |= dict(
-        hidden_size=hidden_size,
-        layers=layers,
-        model=model,
-        dtype=dtype,
-        device=device,
-        attention=attention,
-        threads=threads,
-    )
-    given |= dict(chunk_tokens=chunk_tokens, baseline=baseline, checkpointing=checkpointing)
+    given |= dict(hidden_size=hidden_size, layers=layers, model=model, dtype=dtype, device=device, attention=attention)
+    given |= dict(threads=threads, chunk_tokens=chunk_tokens, baseline=baseline, checkpointing=checkpointing)
     given |= dict(repeats=repeats, seed=seed)
     with reported_errors():
         if lengths is not None:

@@ -145,7 +145,8 @@ def draw(
             speed.fill_between(lengths, slowest, fastest, color=COLORS[method], alpha=0.15, linewidth=0)
             held.plot(lengths, [row["held_bytes"] / MIB for row in mine], **style)
             peaks = [row["peak_memory"] if row["peak_gpu_memory"] is None else row["peak_gpu_memory"] for row in mine]
-            peak.plot(lengths, [value / MIB for value in peaks], **style)
+            if None not in peaks:  # systems that do not tell
+                peak.plot(lengths, [value / MIB for value in peaks], **style)
             fitting = [r for r in at_equal_memory or () if r["method"] == method and r["tokens_per_second"]]
             if fitting:
                 axes[3].plot([r["length"] for r in fitting], [r["tokens_per_second"] for r in fitting], **style)

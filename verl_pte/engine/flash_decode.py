@@ -29,6 +29,7 @@ class Runs:
     rows_A: Tensor
     first_A: Tensor
     end_A: Tensor  # one behind the last; as `first` where a run is empty
+    empty_A11: Tensor  # bool
 
     @classmethod
     def of(cls, visible_B11S: Tensor, window: int | None) -> "Runs":
@@ -42,7 +43,8 @@ class Runs:
             for edge in (1, -1)
         )
         rows_A = torch.arange(rows, device=visible_BS.device).repeat(a_row)
-        return cls(a_row, rows_A.int(), first_BA.T.flatten().int(), end_BA.T.flatten().int())
+        first_A, end_A = (slots_BA.T.flatten().int() for slots_BA in (first_BA, end_BA))
+        return cls(a_row, rows_A.int(), first_A, end_A, (first_A == end_A)[:, None, None])
 
 
 def flash_decode(
@@ -68,8 +70,9 @@ def flash_decode(
         softmax_scale=scaling,
         return_softmax_lse=True,
     )
-    # Of an empty run flash-attn gives +inf.
-    lse_A1H1 = lse_AH1.masked_fill((runs.first_A == runs.end_A)[:, None, None], -torch.inf)[:, None]
+    if runs.a_row == 1:
+        return out_A1HD, None
+    lse_A1H1 = lse_AH1.masked_fill(runs.empty_A11, -torch.inf)[:, None]  # flash-attn gives +inf
     weights_A1H1 = lse_A1H1.unflatten(0, (runs.a_row, -1)).softmax(0).flatten(0, 1)
     return (weights_A1H1 * out_A1HD).unflatten(0, (runs.a_row, -1)).sum(0).to(query_BH1D.dtype), None
 

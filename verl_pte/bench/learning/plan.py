@@ -54,7 +54,6 @@ def full(seeds: int) -> list[Cell]:
         (_sweeps, every),
         (_ways_after_warm, first),
         (_ways_from_scratch, first),
-        (_parts_from_scratch, every),
     )
     cells = (cell for part, chosen in order for seed in chosen for cell in part(seed))
     return list({cell.name: cell for cell in cells}.values())  # the sweeps' first seed comes twice
@@ -117,18 +116,9 @@ def _reward_alone(seed: int) -> Iterator[Cell]:
 
 
 def _from_scratch(seed: int) -> Iterator[Cell]:
-    """All methods on lookup, two on the others."""
-    for task in KINDS:
-        for method in TRAINED if task == "lookup" else ("pte", "lora_c"):
-            yield Cell(task, method, seed=seed, base=FULL_BASE, **FROM_SCRATCH)
-
-
-def _parts_from_scratch(seed: int) -> Iterator[Cell]:
-    """The others there, last: where PTE itself does not learn, little is expected of its parts."""
     for task in KINDS:
         for method in TRAINED:
-            if task != "lookup" and method not in ("pte", "lora_c"):
-                yield Cell(task, method, seed=seed, base=FULL_BASE, **FROM_SCRATCH)
+            yield Cell(task, method, seed=seed, base=FULL_BASE, **FROM_SCRATCH)
 
 
 def _in_verl(seed: int) -> Iterator[Cell]:
