@@ -43,6 +43,17 @@ def test_command(tmp_path: Path) -> None:
     assert "state update" in done.stdout and "LoRA_c / base" in done.stdout
 
 
+def test_another_attention_has_files_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "measure", lambda settings, progress: made_up(small()))
+    for attention in ("sdpa", "eager"):
+        arguments = ["decode", "--attention", attention, "--device", "cpu", "--output", str(tmp_path), *SMALL]
+        result = CliRunner().invoke(command_line.app, arguments, catch_exceptions=False)
+        assert f"float32, {attention};" in " ".join(result.stdout.split())
+    content = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("decode", "decode_eager")}
+    assert [c["settings"]["sizes"]["attention"] for c in content.values()] == ["sdpa", "eager"]
+    assert (tmp_path / "decode_eager.png").exists()
+
+
 def test_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Configurations take turns step by step, differ in what they say, and evict as the schedule has it."""
     settings, engines, order = small(), {}, []

@@ -1,7 +1,8 @@
 """The command line: ``python -m verl_pte.bench rollout``.
 
 Prints a table, and writes ``rollout_<engine>.json`` (settings, machine, versions, every sample) and
-``rollout_<engine>.png``. Other commands have modules of their own, and a line each at the end of this one.
+``rollout_<engine>.png``; with another attention than sdpa its name follows the engine's. Other commands have modules
+of their own, and a line each at the end of this one.
 """
 
 import dataclasses
@@ -113,7 +114,8 @@ def _run(settings: Settings, output: Path, as_json: bool) -> None:
         "memory": memory,
         "equal_memory": measured.equal_memory,
     }
-    json_file, plot = (output / f"rollout_{settings.engine}{suffix}" for suffix in (".json", ".png"))
+    stem = report.file_stem(f"rollout_{settings.engine}", settings.attention)
+    json_file, plot = (output / f"{stem}{suffix}" for suffix in (".json", ".png"))
     json_file.write_text(json.dumps(facts | {"samples": measured.samples}, indent=2) + "\n")
     drawn = draw_if_possible(plot, lambda path: report.draw(settings, rows, measured.equal_memory, path))
     console.print(report.tables(settings, rows, memory))

@@ -89,8 +89,8 @@ def tables(settings: DecodeSettings, summary: dict[str, Any]) -> Group:
     """For the terminal: steps of each configuration, parts of a step of PTE, ratios."""
     sizes = settings.sizes
     steps = Table(
-        title=f"one decode step: {sizes.num_seqs} sequences, W={sizes.window}, rank {sizes.rank}, {sizes.dtype}; "
-        "milliseconds",
+        title=f"one decode step: {sizes.num_seqs} sequences, W={sizes.window}, rank {sizes.rank}, {sizes.dtype}, "
+        f"{sizes.attention}; milliseconds",
         caption=f"Medians over {settings.cycles} eviction cycles. Some row evicts in "
         f"{summary['steps_with_evictions']:.0%} of the steps; the full cache grows from {settings.warm_up} to "
         f"{settings.num_tokens} thought tokens meanwhile.",

@@ -81,7 +81,8 @@ def tables(settings: Settings, rows: list[dict[str, Any]], of_method: dict[str, 
     baseline = METHODS[BASELINE].title
     times = Table(
         title=f"{settings.engine} rollout: {settings.num_seqs} sequences, prompts of {settings.prompt_length}, "
-        f"W={settings.window}, rank {settings.rank}, {settings.dtype}",
+        f"W={settings.window}, rank {settings.rank}, {settings.dtype}"
+        + (f", {settings.attention}" if settings.engine == "native" else ""),
         caption="Times are medians over the repeats. Blocks and MiB: one sequence at its peak. Peak: of the process "
         "(on a GPU, of its memory), weights and libraries included.",
         box=box.SIMPLE_HEAD,
@@ -176,6 +177,11 @@ def panels(settings: Settings, along: str, path: Path, count: int = 2) -> Iterat
         axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def file_stem(command: str, attention: str) -> str:
+    """A result's name without suffix. Another attention has files of its own, to be compared with the default's."""
+    return command if attention == Settings.attention else f"{command}_{attention}"
 
 
 def _mib(value: float | None) -> str:
