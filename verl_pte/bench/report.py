@@ -171,7 +171,7 @@ def panels(settings: Settings, along: str, path: Path, count: int = 2) -> Iterat
     drawn = grid.flatten()
     yield drawn
     for axes in drawn:
-        axes.set_xticks(settings.lengths)
+        axes.set_xticks(settings.lengths, [str(n) for n in settings.lengths], rotation=45, ha="right")
         axes.set(xlabel=along, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend()
