@@ -114,8 +114,7 @@ def _run(settings: Settings, output: Path, as_json: bool) -> None:
         "memory": memory,
         "equal_memory": measured.equal_memory,
     }
-    stem = report.file_stem(f"rollout_{settings.engine}", settings.attention)
-    json_file, plot = (output / f"{stem}{suffix}" for suffix in (".json", ".png"))
+    json_file, plot = report.result_files(output, f"rollout_{settings.engine}", settings.attention)
     json_file.write_text(json.dumps(facts | {"samples": measured.samples}, indent=2) + "\n")
     drawn = draw_if_possible(plot, lambda path: report.draw(settings, rows, measured.equal_memory, path))
     console.print(report.tables(settings, rows, memory))

@@ -14,7 +14,7 @@ from rich.console import Console
 from verl_pte.bench import decode, decode_report, machine
 from verl_pte.bench.command import draw_if_possible, option, print_json, progress_bar, reported_errors
 from verl_pte.bench.decode_settings import QUICK, QUICK_CYCLES, DecodeSettings
-from verl_pte.bench.report import file_stem
+from verl_pte.bench.report import result_files
 from verl_pte.bench.settings import DEVICES, DTYPES, Settings
 from verl_pte.core.attention import BACKENDS
 from verl_pte.plan.configs import NAMED
@@ -70,8 +70,7 @@ def _run(settings: DecodeSettings, output: Path, as_json: bool) -> None:
         "commit": commit,
         "summary": summary,
     }
-    stem = file_stem("decode", settings.sizes.attention)
-    json_file, plot = (output / f"{stem}{suffix}" for suffix in (".json", ".png"))
+    json_file, plot = result_files(output, "decode", settings.sizes.attention)
     json_file.write_text(json.dumps(facts | {"records": records}, indent=2) + "\n")
     drawn = draw_if_possible(plot, lambda path: decode_report.draw(settings, summary, path))
     console.print(decode_report.tables(settings, summary))

@@ -15,7 +15,7 @@ from rich.console import Console
 from verl_pte.bench import learner, learner_report, machine
 from verl_pte.bench.command import draw_if_possible, option, parse_lengths, print_json, progress_bar, reported_errors
 from verl_pte.bench.learner_settings import BASELINES, QUICK, LearnerSettings
-from verl_pte.bench.report import file_stem
+from verl_pte.bench.report import result_files
 from verl_pte.bench.settings import DEVICES, DTYPES
 from verl_pte.core.attention import BACKENDS
 from verl_pte.plan.configs import NAMED
@@ -83,8 +83,7 @@ def _run(settings: LearnerSettings, output: Path, as_json: bool) -> None:
         "summary": rows,
         "samples": measured.samples,
     }
-    stem = file_stem("learner", settings.attention)
-    json_file, plot_file = (output / f"{stem}{suffix}" for suffix in (".json", ".png"))
+    json_file, plot_file = result_files(output, "learner", settings.attention)
     json_file.write_text(json.dumps(content, indent=2) + "\n")
     plot = draw_if_possible(plot_file, lambda path: learner_report.draw(settings, rows, path))
     if as_json:

@@ -179,9 +179,10 @@ def panels(settings: Settings, along: str, path: Path, count: int = 2) -> Iterat
     plt.close(figure)
 
 
-def file_stem(command: str, attention: str) -> str:
-    """A result's name without suffix. Another attention has files of its own, to be compared with the default's."""
-    return command if attention == Settings.attention else f"{command}_{attention}"
+def result_files(output: Path, name: str, attention: str) -> tuple[Path, Path]:
+    """Where numbers and plot go. Another attention has files of its own, to be compared with the default's."""
+    stem = name if attention == Settings.attention else f"{name}_{attention}"
+    return output / f"{stem}.json", output / f"{stem}.png"
 
 
 def _mib(value: float | None) -> str:
