@@ -50,6 +50,12 @@ class SimTensor(Tensor):
     def __getitem__(self, index: Any) -> Tensor:
         return super().__getitem__(_uploaded(index))
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        parts = index if isinstance(index, tuple) else (index,)
+        if not isinstance(value, Tensor) and any(isinstance(part, Tensor) for part in parts):
+            _waits_for("number")  # which torch copies from ordinary memory
+        super().__setitem__(_uploaded(index), value)
+
 
 class Accelerator(TorchDispatchMode):
     """While active, ``device="sim:0"`` makes tensors there."""

@@ -21,7 +21,7 @@ def on_device(*arguments: str) -> dict:
 def test_the_simulation_notices():
     found = on_device("mixed")
     assert "tensors of two devices" in found["refused"]
-    assert found["waits"] == ["copy", "copy", "item", "list as index", "tolist"]
+    assert found["waits"] == ["copy", "copy", "item", "list as index", "number", "tolist"]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

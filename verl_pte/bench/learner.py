@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from verl_pte.bench import turns
-from verl_pte.bench.engines import check_attention
+from verl_pte.bench.engines import check_attention, native_device
 from verl_pte.bench.learner_settings import LearnerSettings
 from verl_pte.bench.models import make_models
 from verl_pte.bench.rollout import Measured
@@ -44,6 +44,6 @@ def measure(settings: LearnerSettings, output: Path, progress: Callable[[str, in
     with tempfile.TemporaryDirectory(prefix="verl_pte_bench_") as folder:
         models = Path(folder)
         progress("making models", 0)
-        make_models(settings, models)
+        make_models(settings, models, native_device(settings))
         shortest = min(settings.lengths)
         return Measured(*turns.take_turns(LearnerWorker, settings, models, output, shortest, progress), None)

@@ -18,6 +18,9 @@ from verl_pte.bench.learner_settings import LearnerSettings
 from verl_pte.bench.models import random_prompts
 from verl_pte.learner import Replay
 
+# Adapters of a bfloat16 model compute in bfloat16, as verl's mixed precision has it; PEFT alone would take float32.
+SAME_DTYPE = {"autocast_adapter_dtype": False}
+
 
 class Batch(NamedTuple):
     """A micro-batch of equal lengths."""
@@ -79,7 +82,7 @@ class ReplayStep:
         base = AutoModelForCausalLM.from_pretrained(
             models / "base", dtype=dtype, attn_implementation=settings.attention
         )
-        model = PeftModel.from_pretrained(base, models / method, is_trainable=True)
+        model = PeftModel.from_pretrained(base, models / method, is_trainable=True, **SAME_DTYPE)
         self.model = model.to(self.device).train()
         self.runs = f"streamed replay, {settings.attention}, chunks of at most {self.chunk_tokens} tokens"
 
@@ -123,7 +126,7 @@ class PeftStep:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         torch.manual_seed(settings.seed)
         config = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules="all-linear")
-        self.model = get_peft_model(base, config).to(self.device).train()
+        self.model = get_peft_model(base, config, **SAME_DTYPE).to(self.device).train()
         checkpointing = "with" if settings.checkpointing else "without"
         self.runs = f"PEFT LoRA on the transformers model, {settings.attention}, {checkpointing} gradient checkpointing"
 

@@ -41,16 +41,20 @@ def base_config(settings: Settings) -> Any:
     return config
 
 
-def make_models(settings: Settings, folder: Path) -> None:
-    """Write the base to ``folder/base`` and each method's adapter to ``folder/<method>``."""
+def make_models(settings: Settings, folder: Path, device: str = "cpu") -> None:
+    """Write the base to ``folder/base`` and each method's adapter to ``folder/<method>``; `device` draws weights."""
     logging.disable_progress_bar()
     torch.manual_seed(settings.seed)
-    model = AutoModelForCausalLM.from_config(base_config(settings), dtype=getattr(torch, settings.dtype))
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(base_config(settings), dtype=getattr(torch, settings.dtype))
     model.save_pretrained(folder / "base")
     for method in METHODS:
         attached = attach_random(model, settings.method(method), settings.seed)
         attached.save_pretrained(folder / method)
         model = attached.unload()
+    del model, attached
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the methods' processes share the GPU with this one
 
 
 def attach_random(model: Any, config: PTEConfig, seed: int) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from verl_pte.bench import equal_memory, turns
-from verl_pte.bench.engines import check_attention
+from verl_pte.bench.engines import check_attention, native_device
 from verl_pte.bench.models import make_models
 from verl_pte.bench.settings import Settings
 from verl_pte.bench.worker import RolloutWorker
@@ -32,7 +32,7 @@ def measure(settings: Settings, output: Path, progress: Callable[[str, int], Non
     with tempfile.TemporaryDirectory(prefix="verl_pte_bench_") as folder:
         models = Path(folder)
         progress("making models", 0)
-        make_models(settings, models)
+        make_models(settings, models, "cpu" if settings.engine == "vllm" else native_device(settings))
         samples, workers = turns.take_turns(RolloutWorker, settings, models, output, _warm_up(settings), progress)
         equal = equal_memory.measure(settings, models, output, progress) if settings.equal_memory else None
     return Measured(samples, workers, equal)

@@ -45,6 +45,7 @@ def measured(device: torch.device) -> Iterator[StepMemory]:
         yield found
         torch.cuda.synchronize(device)
         found.peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.empty_cache()  # processes of other methods share the device
         return
     _return_freed_memory()
     try:

@@ -176,6 +176,7 @@ class BoundedCache(ThoughtCache):
         super().__init__(layers=[_BoundedLayer(self._current, *pair) for pair in buffers])
         # Position held by each slot, -1 = empty. The padding slot never holds one.
         self.held_BS = torch.full((num_rows, self.padding_slot + 1), -1, dtype=torch.long, device=self.device)
+        self._empty = torch.full((), -1, device=self.device)  # a number in its place would make the host wait
         self.pinned_B = torch.zeros(num_rows, dtype=torch.long, device=self.device)
         self.states_LBRR = torch.zeros(num_layers, num_rows, rank, rank, device=self.device)
         # What layers multiply by: the same states, converted when they change and not in every call.
@@ -288,7 +289,7 @@ class BoundedCache(ThoughtCache):
             rows_E, first_E = self._tensor(list(rows[some])), self._tensor([lo for lo, _ in spans[some]])
             offset_EC = (first_E - self.pinned_B[rows_E])[:, None] + from_first_C  # pinned tokens never leave
             slots_EC = self.pinned_max + offset_EC % self.ring
-            self.held_BS[rows_E[:, None], slots_EC] = -1
+            self.held_BS[rows_E[:, None], slots_EC] = self._empty
             if self.encoders is not None and self.encoders.update_state:
                 k_LECK, v_LECK = (
                     buffer_LBHSD[:, rows_E[:, None], :, slots_EC].flatten(3).permute(2, 0, 1, 3)

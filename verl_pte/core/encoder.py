@@ -101,8 +101,7 @@ class ThoughtEncoder(nn.Module):
 
     def touch(self) -> Tensor:
         """A zero that depends on every parameter, with zero gradients."""
-        corners = torch.stack([self._matrix(name)[0, 0].float() for name, _ in self.named_children()])
-        return (0.0 * corners).sum()
+        return _Touch.apply(*(self._matrix(name) for name, _ in self.named_children()))
 
     def initial_state(self, batch: int) -> Tensor:
         """S0 for `batch` sequences: float32 [B, R, R], from the global tokens, or zero without them."""
@@ -147,6 +146,20 @@ class ThoughtEncoder(nn.Module):
         if self.normalize == "row":
             return state_BRR * _inverse_norm(state_BRR, (-1,))
         return state_BRR * (math.sqrt(self.rank) * _inverse_norm(state_BRR, (-2, -1)))
+
+
+class _Touch(torch.autograd.Function):
+    """A float32 zero of some tensors, which get zero gradients: one number in memory, whatever their sizes."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        ctx.like = [(t.shape, t.dtype) for t in tensors]
+        return tensors[0].new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        zeros = {dtype: gradients[0].new_zeros((), dtype=dtype) for _, dtype in ctx.like}
+        return tuple(zeros[dtype].expand(shape) for shape, dtype in ctx.like)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

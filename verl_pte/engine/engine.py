@@ -268,7 +268,7 @@ class RolloutEngine:
         sequences = [self._running[row] for row in rows]
         prompt_lens = [len(s.prompt) for s in sequences]
         plans = [self.schedule.chunks(n, n, self.config.chunk_tokens) for n in prompt_lens]
-        self._peak_B[upload(rows, self._peak_B.device)] = 0
+        self._peak_B.index_fill_(0, upload(rows, self._peak_B.device), 0)
         last: list[Tensor | None] = [None] * len(rows)
         for index in range(max(map(len, plans))):
             busy = [i for i, plan in enumerate(plans) if index < len(plan)]

@@ -63,7 +63,8 @@ class CallCache(ThoughtCache):
             evicted = self.layers[layer].evicted
             keys_BCK, values_BCK = (t.transpose(1, 2).flatten(2) for t in evicted)
             raw_BRR = encoder.encode(keys_BCK, values_BCK)
-            self._record(state_BRR, raw_BRR)
+            if not torch.is_grad_enabled():  # once is enough: the pass with gradients repeats the one without
+                self._record(state_BRR, raw_BRR)
             state_BRR = torch.where(call.evicting_B[:, None, None], encoder.accumulate(state_BRR, raw_BRR), state_BRR)
         self.states_out[layer] = state_BRR
         return state_BRR

@@ -103,7 +103,7 @@ class Ledger:
 
     def owed(self, call: Call, layer: int) -> list[Tensor]:
         """Gradients that later calls owe to this one's keys and values: two float32 [B, H, N, D], collected once."""
-        return self._rings[layer].collect(self._slots(call.positions_BN), call.valid_BN)
+        return self._rings[layer].collect(self._slots(call, "positions_BN"), call.valid_BN)
 
     def owed_state(self, layer: int) -> Tensor | None:
         """Gradient that the next call owes to the state it was handed: float32 [B, R, R]."""
@@ -112,13 +112,13 @@ class Ledger:
     def credit_past(self, call: Call, layer: int, d_key: Tensor | None, d_value: Tensor | None) -> None:
         """Put down what reached the keys and the values of the visible past: [B, H, P, D], None where nothing did."""
         keep_BP = call.past_valid_BP if self.gradient == "full" else call.past_valid_BP & call.same_segment_BP
-        self._rings[layer].add(self._slots(call.past_BP), keep_BP, (d_key, d_value))
+        self._rings[layer].add(self._slots(call, "past_BP"), keep_BP, (d_key, d_value))
 
     def credit_evicted(self, call: Call, layer: int, d_key: Tensor | None, d_value: Tensor | None) -> None:
         """Put down what reached the keys and the values that were encoded: [B, H, C, D], None where nothing did."""
         assert self.gradient == "full" and call.evicting_B is not None and call.evicted_BC is not None
         keep_BC = call.evicting_B[:, None].expand_as(call.evicted_BC)
-        self._rings[layer].add(self._slots(call.evicted_BC), keep_BC, (d_key, d_value))
+        self._rings[layer].add(self._slots(call, "evicted_BC"), keep_BC, (d_key, d_value))
 
     def credit_state(self, call: Call, layer: int, gradient: Tensor | None) -> None:
         """Put down what reached the state a call was handed."""
@@ -126,7 +126,11 @@ class Ledger:
             gradient = torch.where(call.evicting_B[:, None, None], 0.0, gradient)
         self._d_states[layer] = gradient
 
-    def _slots(self, positions: Tensor) -> Tensor:
-        """Of a ring, for positions [B, ...]."""
-        past_pinned = positions - self._pinned_B1
-        return torch.where(past_pinned < 0, positions, self._pinned_max + past_pinned % self._reach)
+    def _slots(self, call: Call, name: str) -> Tensor:
+        """Of a ring, for positions [B, ...] of the call; worked out once for all layers."""
+        if name not in call.ring_slots:
+            positions = getattr(call, name)
+            past_pinned = positions - self._pinned_B1
+            in_window = self._pinned_max + past_pinned % self._reach
+            call.ring_slots[name] = torch.where(past_pinned < 0, positions, in_window)
+        return call.ring_slots[name]

@@ -13,7 +13,7 @@ evicted tokens, T response tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,7 @@ class Call:
     response_BN: Tensor  # index of that token in the response; T where none
     columns: Tensor | None  # columns of N in which some row predicts a response token; None = none does
     kept_3M: Tensor  # (row, column of N, position) of every token the call runs
+    ring_slots: dict[str, Tensor] = field(default_factory=dict)  # of positions above, by their names (ledger.py)
 
     def slots(self) -> Tensor:
         """Indices in the response [B, columns] of what the columns that predict something predict."""

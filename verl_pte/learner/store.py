@@ -54,12 +54,13 @@ class GradientRing:
     def __init__(self, length: int, store: KVStore) -> None:
         batch_size, heads, _, head_dim = store.keys.shape
         self.buffers = [torch.zeros(batch_size, heads, length, head_dim, device=store.device) for _ in range(2)]
+        self._zero = torch.zeros((), device=store.device)  # a number in its place would be sent there each time
 
     def add(self, slots_BM: Tensor, keep_BM: Tensor, gradients: tuple[Tensor | None, Tensor | None]) -> None:
         """Add gradients [B, H, M, D] where `keep_BM`."""
         for buffer, gradient in zip(self.buffers, gradients, strict=True):
             if gradient is not None:
-                kept_BHMD = torch.where(keep_BM[:, None, :, None], gradient.float(), 0.0)
+                kept_BHMD = torch.where(keep_BM[:, None, :, None], gradient.float(), self._zero)
                 buffer.scatter_add_(2, _expand(slots_BM, buffer), kept_BHMD)
 
     def collect(self, slots_BM: Tensor, valid_BM: Tensor) -> list[Tensor]:
@@ -68,7 +69,7 @@ class GradientRing:
         for buffer in self.buffers:
             index_BHMD = _expand(slots_BM, buffer)
             taken_BHMD = buffer.gather(2, index_BHMD)
-            out.append(torch.where(valid_BM[:, None, :, None], taken_BHMD, 0.0))
+            out.append(torch.where(valid_BM[:, None, :, None], taken_BHMD, self._zero))
             # Padding points at slot 0, which belongs to a real token: clear the ring's spare last slot instead.
             cleared_BM = torch.where(valid_BM, slots_BM, buffer.shape[2] - 1)
             buffer.scatter_(2, _expand(cleared_BM, buffer), 0.0)

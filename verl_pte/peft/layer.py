@@ -68,7 +68,7 @@ class PTELinear(nn.Module, BaseTunerLayer):
             shared, index = self.group
             return shared.add_to(y, x, index, self.lent.state_BRR)
         for name in self.active_adapters:
-            y = y + self.pte_adapter[name](x, self.lent.state_BRR).to(y.dtype)
+            y = self.pte_adapter[name](x, self.lent.state_BRR, y)
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

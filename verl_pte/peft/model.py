@@ -77,8 +77,6 @@ class PTEModel(BaseTuner):
                 like = next(m for m in layer.modules() if isinstance(m, nn.Linear))
                 layer.thought_encoder = ThoughtEncoderLayer(kv_dim, adapter_name, config, like)
             _install_hooks(layer, index)
-        # PEFT keeps adapters of a half-precision base in float32; the encoders come after it has done so.
-        self._cast_adapter_dtype(adapter_name, kwargs.get("autocast_adapter_dtype", True))
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Refused with the reason (ValueError)."""
