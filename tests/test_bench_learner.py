@@ -1,5 +1,7 @@
 """The learner benchmark's real command, tiny: what it measures is what it says. Nothing here depends on times."""
 
+import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -107,6 +109,58 @@ def test_baseline_and_replay_compute_the_same(checkpointing: bool, attention: st
             assert (found - expected).norm() <= 1e-5 * expected.norm(), (method, name)
 
 
+class _Step:
+    """Fits once in two runs."""
+
+    device, runs, forgot = torch.device("cpu"), "a step of this test", 0
+
+    def prepare(self, batch: Any) -> None:
+        self.runs_so_far = getattr(self, "runs_so_far", 0) + 1
+
+    def run(self) -> dict[str, Any]:
+        if self.runs_so_far % 2:
+            raise torch.OutOfMemoryError
+        return {"loss": 0.0}
+
+    def forget(self) -> None:
+        self.forgot += 1
+
+
+def test_a_step_that_does_not_fit_is_said_and_the_next_one_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from verl_pte.bench import learner_steps, learner_worker
+
+    step = _Step()
+    monkeypatch.setattr(learner_steps, "make_step", lambda *_: step)
+    job = {"settings": dataclasses.asdict(LearnerSettings(**TINY)), "method": "full", "models": ""}
+    lines = [job, {"length": 64}, {"length": 64}]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(line) + "\n" for line in lines)))
+    answers = io.StringIO()
+    learner_worker.serve(answers)
+    _, failed, fitted = map(json.loads, answers.getvalue().splitlines())
+    assert failed == {"out_of_memory": True, "length": 64, "tokens": 64} and step.forgot == 1
+    assert not fitted["out_of_memory"] and fitted["seconds"] > 0
+
+
+def test_a_report_with_a_step_that_did_not_fit(result: Any, tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from verl_pte.bench import learner_report
+
+    settings, samples = LearnerSettings(**TINY), [dict(s) for s in result[2]["samples"]]
+    longest = next(s for s in samples if (s["length"], s["method"]) == (160, "full"))
+    longest["out_of_memory"] = True
+    del longest["seconds"], longest["rise_bytes"]
+    rows, ratios = learner_report.summarize(settings, samples), learner_report.ratios(settings, samples)
+    assert [row["seconds"] is None for row in rows] == [s is longest for s in samples]
+    assert ratios[1]["pte/full"]["time"] is None
+    assert ratios[1]["pte/lora_c"] == result[2]["ratios"][1]["pte/lora_c"] and ratios[0] == result[2]["ratios"][0]
+    console = Console(record=True, width=120)
+    console.print(learner_report.tables(settings, rows, ratios, {}))
+    assert console.export_text().count("out of") == 1
+    learner_report.draw(settings, rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize("watched", [False, True])
 def test_memory_of_a_step_is_seen(watched: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Also once it has been freed again, and by the thread where the peak cannot be started anew."""
@@ -145,8 +199,8 @@ def test_a_replay_that_evicted_otherwise_is_no_sample(monkeypatch: pytest.Monkey
     worker = LearnerWorker.__new__(LearnerWorker)  # without its process
     worker.settings, worker.method = LearnerSettings(**TINY), "pte"
     right = worker.settings.method("pte").schedule().num_evictions(20, 20 + 160 - 1)
-    monkeypatch.setattr(Worker, "measure", lambda self, length: {"evictions": right - 1})
+    monkeypatch.setattr(Worker, "measure", lambda self, length: {"out_of_memory": False, "evictions": right - 1})
     with pytest.raises(RuntimeError, match=f"pte: {right - 1} evictions, not {right}"):
         worker.measure(160)
     worker.method = "full"
-    assert worker.measure(160) == {"evictions": right - 1}
+    assert worker.measure(160) == {"out_of_memory": False, "evictions": right - 1}

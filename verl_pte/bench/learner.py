@@ -20,9 +20,11 @@ class LearnerWorker(Worker):
     program: ClassVar[str] = "verl_pte.bench.learner_worker"
 
     def measure(self, length: int) -> dict[str, Any]:
-        """One sample. Raises RuntimeError if the process died, or did something else."""
+        """One sample, or that it does not fit on the GPU. Raises RuntimeError if the process died, or did something
+        else.
+        """
         sample = super().measure(length)
-        if self.method != "full":
+        if self.method != "full" and not sample["out_of_memory"]:
             prompt = self.settings.prompt_length
             # The last token is predicted and not run.
             expected = self.settings.method(self.method).schedule().num_evictions(prompt, prompt + length - 1)

@@ -2,7 +2,7 @@
 
 A ratio is one within a turn, in which the methods ran one after another; given are the median over the turns, and the
 least and greatest. Memory is what a step added to what the process held before it, and a method's figure the most of
-its turns.
+its turns. Where a step did not fit on the GPU a row says so, and its figures are None.
 """
 
 from pathlib import Path
@@ -19,6 +19,8 @@ from verl_pte.bench.report import COLORS, MIB, panels
 from verl_pte.bench.settings import METHODS
 
 PAIRS = (("pte", "full"), ("pte", "lora_c"), ("lora_c", "full"))
+_BYTES = ("rise_bytes", "peak_bytes", "store_bytes")
+_TIMES = ("seconds", "seconds_range", "microseconds_per_token", "cpu_microseconds_per_token")
 _KEYS = {"time": "seconds", "cpu_time": "cpu_seconds", "memory": "rise_bytes", "peak": "peak_bytes"}
 
 
@@ -28,12 +30,15 @@ def summarize(settings: LearnerSettings, samples: list[dict[str, Any]]) -> list[
     for length in settings.lengths:
         for method in METHODS:
             mine = [s for s in samples if (s["length"], s["method"]) == (length, method)]
+            row = {"method": method, "length": length, "tokens": mine[0]["tokens"]}
+            if any(s["out_of_memory"] for s in mine):
+                rows.append(row | {"out_of_memory": True} | dict.fromkeys((*_TIMES, *_BYTES, "evictions", "calls")))
+                continue
             seconds = [s["seconds"] for s in mine]
             rows.append(
-                {
-                    "method": method,
-                    "length": length,
-                    "tokens": mine[0]["tokens"],
+                row
+                | {
+                    "out_of_memory": False,
                     "seconds": median(seconds),
                     "seconds_range": [min(seconds), max(seconds)],
                     "microseconds_per_token": 1e6 * median(seconds) / mine[0]["tokens"],
@@ -57,8 +62,9 @@ def ratios(settings: LearnerSettings, samples: list[dict[str, Any]]) -> list[dic
         for mine, other in PAIRS:
             pair = {}
             for name, key in _KEYS.items():
-                turns = [(by[length, mine, i][key], by[length, other, i][key]) for i in range(settings.repeats)]
-                found = [a / b for a, b in turns if b > 0]
+                turns = [(by[length, mine, i], by[length, other, i]) for i in range(settings.repeats)]
+                fitted = [(a[key], b[key]) for a, b in turns if not (a["out_of_memory"] or b["out_of_memory"])]
+                found = [a / b for a, b in fitted if b > 0]
                 pair[name] = [median(found), min(found), max(found)] if found else None
             row[f"{mine}/{other}"] = pair
         rows.append(row)
@@ -85,18 +91,13 @@ def tables(
     for name in ("length", "method", "seconds", "us/token", "rise MiB", "peak MiB", "store MiB", "evictions", "calls"):
         steps.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
-        store = row["store_bytes"]
-        steps.add_row(
-            str(row["length"]),
-            METHODS[row["method"]].title,
-            f"{row['seconds']:.2f}",
-            f"{row['microseconds_per_token']:.0f}",
-            f"{row['rise_bytes'] / MIB:.1f}",
-            f"{row['peak_bytes'] / MIB:.1f}",
-            "-" if store is None else f"{store / MIB:.1f}",
-            *("-" if row[key] is None else str(row[key]) for key in ("evictions", "calls")),
-            end_section=row["method"] == list(METHODS)[-1],
-        )
+        cells = ["out of memory"]
+        if not row["out_of_memory"]:
+            mib = ("-" if row[key] is None else f"{row[key] / MIB:.1f}" for key in _BYTES)
+            counts = ("-" if row[key] is None else str(row[key]) for key in ("evictions", "calls"))
+            cells = [f"{row['seconds']:.2f}", f"{row['microseconds_per_token']:.0f}", *mib, *counts]
+        last = row["method"] == list(METHODS)[-1]
+        steps.add_row(str(row["length"]), METHODS[row["method"]].title, *cells, end_section=last)
     compared = Table(title="ratios within a turn: median (least to greatest)", box=box.SIMPLE_HEAD)
     for name in ("length", "", "time", "CPU time", "rise", "peak"):
         compared.add_column(name, justify="left" if name == "" else "right")
@@ -116,7 +117,7 @@ def draw(settings: LearnerSettings, rows: list[dict[str, Any]], path: Path) -> N
     """Memory and time per token against the response length."""
     with panels(settings, "response tokens of a sequence", path) as (memory, time):
         for method, (title, _) in METHODS.items():
-            mine = [row for row in rows if row["method"] == method]
+            mine = [row for row in rows if row["method"] == method and not row["out_of_memory"]]
             lengths = [row["length"] for row in mine]
             style: dict[str, Any] = {"marker": ".", "color": COLORS[method], "label": title}
             memory.plot(lengths, [row["rise_bytes"] / MIB for row in mine], **style)

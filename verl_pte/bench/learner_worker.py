@@ -1,10 +1,11 @@
 """A method's process of the learner benchmark; the parent's handle and the messages are worker.py's."""
 
+import gc
 import json
 import os
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 from verl_pte.bench.learner_settings import LearnerSettings
 from verl_pte.bench.worker import run
@@ -20,7 +21,6 @@ def serve(answers: TextIO) -> None:
 
     from verl_pte.bench.learner_steps import make_batch, make_step
     from verl_pte.bench.models import base_config
-    from verl_pte.bench.step_memory import measured
 
     step = make_step(settings, job["method"], Path(job["models"]))
     vocab_size = base_config(settings).vocab_size
@@ -30,25 +30,41 @@ def serve(answers: TextIO) -> None:
     for line in sys.stdin:
         length = json.loads(line)["length"]
         step.prepare(make_batch(settings, vocab_size, length))
-        load = os.getloadavg()[0]
-        with measured(step.device) as memory:
-            cpu, start = time.process_time(), time.perf_counter()
-            facts = step.run()
-            if step.device.type == "cuda":
-                torch.cuda.synchronize(step.device)
-            seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-        sample = {
-            "length": length,
-            "seconds": seconds,
-            "cpu_seconds": cpu_seconds,  # of all threads
-            "tokens": settings.num_seqs * length,
-            "rise_bytes": memory.rise,
-            "peak_bytes": memory.peak,
-            "memory_by": memory.how,
-            "load_average": load,
-            **facts,
-        }
+        try:
+            sample = _sample(step)
+        except torch.OutOfMemoryError:
+            sample = {"out_of_memory": True}
+        if sample["out_of_memory"]:  # outside the handler: what it handles holds on to the run's tensors
+            step.forget()
+            gc.collect()
+            torch.cuda.empty_cache()
+        sample |= {"length": length, "tokens": settings.num_seqs * length}
         print(json.dumps(sample), file=answers, flush=True)
+
+
+def _sample(step: Any) -> dict[str, Any]:
+    """What a step takes. Raises torch.OutOfMemoryError if it does not fit on the GPU."""
+    import torch
+
+    from verl_pte.bench.step_memory import measured
+
+    load = os.getloadavg()[0]
+    with measured(step.device) as memory:
+        cpu, start = time.process_time(), time.perf_counter()
+        facts = step.run()
+        if step.device.type == "cuda":
+            torch.cuda.synchronize(step.device)
+        seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    return {
+        "out_of_memory": False,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,  # of all threads
+        "rise_bytes": memory.rise,
+        "peak_bytes": memory.peak,
+        "memory_by": memory.how,
+        "load_average": load,
+        **facts,
+    }
 
 
 if __name__ == "__main__":

@@ -40,10 +40,14 @@ def take_turns(
     workers: dict[str, Worker] = {}
     said = {}
     try:
-        for method, (title, _) in METHODS.items():  # one by one: on a GPU each looks at the memory that is free
+        for method, (title, _) in METHODS.items():
             progress(f"starting {title}", 0)
             workers[method] = kind(settings, method, models, output / f"{kind.name}-{method}.log")
-            said[method] = workers[method].ready()
+            if settings.engine == "vllm":  # on a GPU each looks at the memory that is free
+                said[method] = workers[method].ready()
+        for method, worker in workers.items():
+            if method not in said:
+                said[method] = worker.ready()
         done = 0
         for method, worker in workers.items():
             progress(f"warming up {METHODS[method].title}", done)
