@@ -73,7 +73,7 @@ class ColumnLoRA(_ParallelLoRA):
             h_NBR = gather_from_sequence_parallel_region(h_NBR, tensor_parallel_output_grad=True, group=self.group)
         else:
             h_NBR = expand(h_NBR, self.group)
-        return self.lora_B(h_NBR) * self.scaling
+        return nn.functional.linear(h_NBR, self.lora_B.weight) * self.scaling
 
 
 class RowLoRA(_ParallelLoRA):
@@ -89,7 +89,7 @@ class RowLoRA(_ParallelLoRA):
             h_NBR = reduce_scatter_to_sequence_parallel_region(part_NBR, group=self.group)
         else:
             h_NBR = reduce(part_NBR, self.group)
-        return self.lora_B(_modulate(h_NBR, state_BRR)) * self.scaling
+        return nn.functional.linear(_modulate(h_NBR, state_BRR), self.lora_B.weight) * self.scaling
 
 
 class AdaptedLinear(MegatronModule):
