@@ -204,3 +204,6 @@ def test_a_replay_that_evicted_otherwise_is_no_sample(monkeypatch: pytest.Monkey
         worker.measure(160)
     worker.method = "full"
     assert worker.measure(160) == {"out_of_memory": False, "evictions": right - 1}
+    worker.method = "pte"
+    monkeypatch.setattr(Worker, "measure", lambda self, length: {"out_of_memory": True})
+    assert worker.measure(160) == {"out_of_memory": True}

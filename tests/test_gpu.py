@@ -1,5 +1,5 @@
-"""On a CUDA device: engine, learner and oracle agree, a graph is what it captured, and the host waits for nothing more
-than tests/test_device.py counts on a simulated one.
+"""On a CUDA device: engine, learner and oracle agree, a graph is what it captured, and the host waits once a token, and
+in a replay no more often where there are more calls. tests/test_device.py has the last on a simulated one.
 
 tests/test_attention.py has the attention backends that need one. Skipped where there is none, as in CI.
 """
@@ -50,6 +50,7 @@ def gradients(model, device):
     out = replay.forward()
     weight = torch.randn(out.log_probs.shape, generator=torch.Generator().manual_seed(0)).to(device)
     replay.backward(weight * out.mask)
+    assert max(out.num_evictions) > 0
     return {n: p.grad.to("cpu", copy=True) for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -101,7 +102,7 @@ def test_a_replays_calls_do_not_wait():
     replay(40)
     calls: list[int] = []
     short, long = (waits(lambda n=n: calls.append(replay(n))) for n in (40, 80))
-    assert calls[1] >= calls[0] + 4 and long == short
+    assert calls[1] >= calls[0] + 4 and short and long == short
 
 
 def test_a_rollout_waits_once_a_token():

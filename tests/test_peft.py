@@ -122,6 +122,15 @@ def test_half_precision_base_keeps_a_float32_adapter():
     assert log_probs(model).isfinite().all()
 
 
+def test_a_half_precision_adapter_if_it_is_asked_for(tmp_path):
+    made = get_peft_model(tiny_model("qwen2").bfloat16(), PTEConfig(**SMALL), autocast_adapter_dtype=False)
+    made.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("qwen2").bfloat16(), tmp_path, autocast_adapter_dtype=False)
+    for model in (made, loaded):
+        assert {p.dtype for n, p in model.named_parameters() if "pte_" in n} == {torch.bfloat16}
+        assert log_probs(model).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("build", "says"),
     [

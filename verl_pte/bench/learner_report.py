@@ -63,8 +63,8 @@ def ratios(settings: LearnerSettings, samples: list[dict[str, Any]]) -> list[dic
             pair = {}
             for name, key in _KEYS.items():
                 turns = [(by[length, mine, i], by[length, other, i]) for i in range(settings.repeats)]
-                fitted = [(a[key], b[key]) for a, b in turns if not (a["out_of_memory"] or b["out_of_memory"])]
-                found = [a / b for a, b in fitted if b > 0]
+                fit = not any(sample["out_of_memory"] for turn in turns for sample in turn)
+                found = [a[key] / b[key] for a, b in turns if b[key] > 0] if fit else []
                 pair[name] = [median(found), min(found), max(found)] if found else None
             row[f"{mine}/{other}"] = pair
         rows.append(row)

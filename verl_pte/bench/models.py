@@ -4,6 +4,7 @@ All methods share the base, and the same random `lora_A` and `lora_B`; `lora_B` 
 zeros. PTE has its encoders besides.
 """
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ def make_models(settings: Settings, folder: Path, device: str = "cpu") -> None:
         model = attached.unload()
     del model, attached
     if device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()  # the methods' processes share the GPU with this one
 
 

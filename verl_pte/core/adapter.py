@@ -1,8 +1,8 @@
 """State-modulated LoRA: a low-rank update whose middle is the sequence's thought state.
 
 ``delta(x) = (alpha / r) * lora_B(S (lora_A x))``. The paper writes Delta W = A S B; its A is ``lora_B`` here and its B
-``lora_A``, as in PEFT. With S the identity it is plain LoRA. Left out: the base linear it is added to (peft/layer.py)
-and where S comes from (encoder.py, cache.py).
+``lora_A``, as in PEFT. With S the identity it is plain LoRA. Left out: the base linear, to whose output it is added
+(peft/layer.py), and where S comes from (encoder.py, cache.py).
 
 Shape suffixes: B sequences, N tokens, I in_features, O out_features, R rank.
 """
@@ -29,7 +29,7 @@ class UpProjection(nn.Linear):
 
 
 class StateLoRA(nn.Module):
-    """The update of one linear layer; zero at the start because `lora_B` is."""
+    """Adds its update to what one linear layer gave; zero at the start because `lora_B` is."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, alpha: float) -> None:
         super().__init__()

@@ -54,7 +54,7 @@ class GradientRing:
     def __init__(self, length: int, store: KVStore) -> None:
         batch_size, heads, _, head_dim = store.keys.shape
         self.buffers = [torch.zeros(batch_size, heads, length, head_dim, device=store.device) for _ in range(2)]
-        self._zero = torch.zeros((), device=store.device)  # a number in its place would be sent there each time
+        self._zero = torch.zeros((), device=store.device)  # a number in its place would be made there each time
 
     def add(self, slots_BM: Tensor, keep_BM: Tensor, gradients: tuple[Tensor | None, Tensor | None]) -> None:
         """Add gradients [B, H, M, D] where `keep_BM`."""

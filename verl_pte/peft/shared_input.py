@@ -2,7 +2,7 @@
 
 q, k and v (gate and up) get the same tensor. One product with all their `lora_A`s laid side by side, one with the
 state, and each linear adds its own `lora_B` part to the base's output in place. That is a product, a batched product
-and one fused multiply-add a linear where the plain path (layer.py) takes five steps a linear, most of them tiny.
+and one fused multiply-add a linear where the plain path (layer.py) takes three products a linear, most of them tiny.
 
 `lora_A`s side by side are a copy, at a fixed address so that CUDA graphs may hold it; `refresh` makes it anew after
 weights have changed. The parameters stay where and as they are. Left out: gradients, which take the plain path.
