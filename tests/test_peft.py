@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from verl_pte.patches import peft_type
 
 from verl_pte import PTEConfig, attach, replay_log_probs
+from verl_pte.core.adapter import add_update
 
 SMALL = dict(rank=4, window=8, block_size=4, num_global_tokens=3)
 
@@ -120,6 +121,17 @@ def test_half_precision_base_keeps_a_float32_adapter():
     model = attach(tiny_model("qwen2").bfloat16(), PTEConfig(**SMALL))
     assert {p.dtype for n, p in model.named_parameters() if "pte_" in n} == {torch.float32}
     assert log_probs(model).isfinite().all()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_update_is_added_whatever_the_adapters_dtype(dtype, in_place):
+    torch.manual_seed(0)
+    y, h, up = torch.randn(2, 3, 5), torch.randn(6, 4), torch.randn(5, 4)
+    expected = y.bfloat16().float() + 2.5 * (h @ up.T).view(2, 3, 5)
+    found = add_update(y.bfloat16(), h.to(dtype), up.to(dtype), 2.5, in_place=in_place)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.02)
 
 
 def test_a_half_precision_adapter_if_it_is_asked_for(tmp_path):

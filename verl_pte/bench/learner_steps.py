@@ -47,9 +47,6 @@ class Step(Protocol):
     def run(self) -> dict[str, Any]:
         """Forward and backward; says what is worth knowing of them."""
 
-    def forget(self) -> None:
-        """Let go of what a run that failed has left."""
-
 
 def make_step(settings: LearnerSettings, method: str, models: Path) -> Step:
     """The step of a method, with weights from `models.make_models`."""
@@ -111,10 +108,6 @@ class ReplayStep:
             "store_bytes": replay.store_bytes,
         }
 
-    def forget(self) -> None:
-        """Gradients; the rest went with the run."""
-        self.model.zero_grad(set_to_none=True)
-
 
 class PeftStep:
     """Plain LoRA of PEFT, all tokens at once: the logits of every position, then their log-probs in float32."""
@@ -153,7 +146,3 @@ class PeftStep:
         loss = ((picked_BT - logits_BTV.logsumexp(-1)) * self.weights_BT).sum()
         loss.backward()
         return {"loss": loss.item()}
-
-    def forget(self) -> None:
-        """Gradients; the rest went with the run."""
-        self.model.zero_grad(set_to_none=True)

@@ -5,9 +5,13 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any, TextIO
 
+import torch
+
 from verl_pte.bench.learner_settings import LearnerSettings
+from verl_pte.bench.step_memory import measured
 from verl_pte.bench.worker import run
 
 
@@ -15,10 +19,6 @@ def serve(answers: TextIO) -> None:
     """The worker's side."""
     job = json.loads(sys.stdin.readline())
     settings = LearnerSettings(**job["settings"] | {"lengths": tuple(job["settings"]["lengths"])})
-    from pathlib import Path
-
-    import torch
-
     from verl_pte.bench.learner_steps import make_batch, make_step
     from verl_pte.bench.models import base_config
 
@@ -35,7 +35,6 @@ def serve(answers: TextIO) -> None:
         except torch.OutOfMemoryError:
             sample = {"out_of_memory": True}
         if sample["out_of_memory"]:  # outside the handler: what it handles holds on to the run's tensors
-            step.forget()
             gc.collect()
             torch.cuda.empty_cache()
         sample |= {"length": length, "tokens": settings.num_seqs * length}
@@ -44,10 +43,6 @@ def serve(answers: TextIO) -> None:
 
 def _sample(step: Any) -> dict[str, Any]:
     """What a step takes. Raises torch.OutOfMemoryError if it does not fit on the GPU."""
-    import torch
-
-    from verl_pte.bench.step_memory import measured
-
     load = os.getloadavg()[0]
     with measured(step.device) as memory:
         cpu, start = time.process_time(), time.perf_counter()

@@ -106,9 +106,5 @@ class VerlStep:
             output = self.engine.forward_backward_batch(self.data, self._loss)
         return {"loss": output["loss"][0]}
 
-    def forget(self) -> None:
-        """Gradients; the rest went with the run."""
-        self.engine.optimizer_zero_grad()
-
     def _loss(self, model_output: dict[str, Any], data: Any, dp_group: Any = None) -> tuple[torch.Tensor, dict]:
         return (model_output["log_probs"].values() * self.weights).sum(), {}

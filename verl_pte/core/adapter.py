@@ -4,28 +4,33 @@
 ``lora_A``, as in PEFT. With S the identity it is plain LoRA. Left out: the base linear, to whose output it is added
 (peft/layer.py), and where S comes from (encoder.py, cache.py).
 
-Shape suffixes: B sequences, N tokens, I in_features, O out_features, R rank.
+Shape suffixes: B sequences, N tokens, M = B * N, I in_features, O out_features, R rank.
 """
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 
-class UpProjection(nn.Linear):
-    """`lora_B`: adds its product, scaled, to what the base linear gave.
+def add_update(y_BNO: Tensor, h_MR: Tensor, up_OR: Tensor, scaling: float, *, in_place: bool = False) -> Tensor:
+    """``y + scaling * h up^T``, [B, N, O] in y's dtype, for the M = B * N tokens of y.
 
-    In one operation where dtypes are equal, as they are where a sharded model computes: in three, a learner would read
-    and write every output of a linear twice more.
+    In one operation where dtypes are equal, as they are where a sharded model or a rollout computes: in three, every
+    output of a linear would be read and written twice more. `in_place` overwrites y then.
     """
+    if not y_BNO.dtype == h_MR.dtype == up_OR.dtype:
+        return y_BNO + (nn.functional.linear(h_MR, up_OR) * scaling).to(y_BNO.dtype).view_as(y_BNO)
+    y_MO = y_BNO.flatten(0, -2)
+    add = y_MO.addmm_ if in_place else y_MO.addmm
+    return add(h_MR, up_OR.t(), alpha=scaling).view_as(y_BNO)
+
+
+class UpProjection(nn.Linear):
+    """`lora_B`, which adds its product to what the base linear gave. A leaf that is called: FSDP1 gathers only such."""
 
     def forward(self, h_BNR: Tensor, y_BNO: Tensor, scaling: float) -> Tensor:  # type: ignore[override]
-        """``y + scaling * lora_B h``, [B, N, O] in y's dtype."""
-        if not y_BNO.dtype == h_BNR.dtype == self.weight.dtype:
-            return y_BNO + (super().forward(h_BNR) * scaling).to(y_BNO.dtype)
-        flat = torch.addmm(y_BNO.flatten(0, -2), h_BNR.flatten(0, -2), self.weight.t(), alpha=scaling)
-        return flat.view(y_BNO.shape)
+        """``y + scaling * lora_B h``."""
+        return add_update(y_BNO, h_BNR.flatten(0, -2), self.weight, scaling)
 
 
 class StateLoRA(nn.Module):

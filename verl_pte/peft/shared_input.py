@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from verl_pte.core.adapter import StateLoRA
+from verl_pte.core.adapter import StateLoRA, add_update
 
 # Linears of a decoder layer that read the same input, by their names in the supported architectures.
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -60,11 +60,7 @@ class SharedInput:
         """`y_BNO`, the base's output, plus the update of linear number `index`; overwrites it."""
         if x_BNI is not self._input:  # the first of the group to be called
             self._hidden, self._input = self._products(x_BNI, state_BRR), x_BNI
-        h, up_OR = self._hidden[index], self._up[index]
-        if up_OR.dtype != y_BNO.dtype:
-            return y_BNO + (nn.functional.linear(h, up_OR) * self.scaling).to(y_BNO.dtype).view_as(y_BNO)
-        y_BNO.view(-1, y_BNO.shape[-1]).addmm_(h, up_OR.t(), alpha=self.scaling)
-        return y_BNO
+        return add_update(y_BNO, self._hidden[index], self._up[index], self.scaling, in_place=True)
 
     def forget(self) -> None:
         """Let go of the input and what was made of it."""
